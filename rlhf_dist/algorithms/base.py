@@ -1,0 +1,112 @@
+"""What an algorithm is to the learner.
+
+The learner calls `estimate` once a step on the whole batch, then `policy_objective` (and
+`value_objective`, if the recipe needs a value model) on each micro-batch. The same code runs on every
+rank on the same whole batch, so estimates and the state that they update agree without communication.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from pydantic import Field
+
+from rlhf_dist.settings import Section
+
+Stats = dict[str, torch.Tensor]
+"""Scalars by metric name; means are over the valid tokens of the piece they were made from."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the driver must start for a recipe."""
+
+    value_model: bool
+    reference: bool
+
+
+class AlgorithmSettings(Section):
+    """What every recipe has."""
+
+    name: str
+    """File name in `rlhf_dist/algorithms`."""
+    num_epochs: int = Field(default=4, ge=1, le=64)
+    """Passes over each batch of experience. The first is on-policy, the others are not."""
+    num_minibatches: int = Field(default=1, ge=1)
+    """Optimizer updates a pass."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """All samples of a learner step, right-padded. The same on every rank."""
+
+    mask: torch.Tensor  # [B, T] bool: the policy chose the token
+    rollout_logprobs: torch.Tensor  # [B, T] by the engine that sampled
+    old_logprobs: torch.Tensor  # [B, T] by the learner, before the first update of the step
+    rewards: torch.Tensor  # [B]
+    values: torch.Tensor | None  # [B, T] by the learner, before the first update of the step
+    ref_logprobs: torch.Tensor | None  # [B, T]
+    group_ids: torch.Tensor  # [B] prompt ordinals: the samples of one prompt are a group
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """What the updates of a step aim at."""
+
+    advantages: torch.Tensor  # [B, T]
+    returns: torch.Tensor | None  # [B, T], None without a value model
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The tokens of one forward pass, and how many tokens and sequences its whole minibatch has."""
+
+    mask: torch.Tensor  # [b, T]
+    old_logprobs: torch.Tensor  # [b, T]
+    advantages: torch.Tensor  # [b, T]
+    old_values: torch.Tensor | None  # [b, T]
+    returns: torch.Tensor | None  # [b, T]
+    num_tokens: int
+    """Valid tokens of the minibatch over all ranks: what token means divide by."""
+    num_sequences: int
+    """Samples with at least one valid token of the minibatch over all ranks."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same piece on another device."""
+        tensors = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
+
+
+class Algorithm(Protocol):
+    """A recipe. `Settings` and `Recipe` are the two names each file of this folder defines."""
+
+    @property
+    def settings(self) -> AlgorithmSettings:
+        """The recipe's section of the configuration."""
+
+    @property
+    def needs(self) -> Needs:
+        """Which models the recipe works with."""
+
+    def estimate(self, batch: StepBatch) -> tuple[Estimates, dict[str, float]]:
+        """Advantages and returns of a step, with metrics; may update the recipe's own state."""
+
+    def policy_objective(
+        self, logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
+    ) -> tuple[torch.Tensor, Stats]:
+        """This piece's share of the policy loss, to be summed over the pieces of a minibatch."""
+
+    def value_objective(self, values: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Stats]:
+        """This piece's share of the value loss, to be summed over the pieces of a minibatch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of the recipe."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""

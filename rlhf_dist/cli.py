@@ -1,0 +1,101 @@
+"""The command line. Errors a person can mend are one message and an exit code; others keep their trace."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from rlhf_dist import __version__
+from rlhf_dist.errors import RunError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reinforcement learning from human feedback on Ray, vLLM and DeepSpeed.",
+)
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `train` a subcommand."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Any key of the configuration, as in rollout.num_workers=2.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, else a local instance.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the configuration and the placement; start nothing.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the run folder first.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Stack traces, and the workers' own output.")] = False,
+) -> None:
+    """Train a policy."""
+    console = Console(soft_wrap=True)
+    with _errors_for_people(verbose):
+        from rlhf_dist.config import load_config
+
+        if resume and overwrite:
+            raise RunError("--resume goes on with a run and --overwrite deletes it; choose one")
+        settings = load_config(config, overrides or [])
+        if dry_run:
+            from rlhf_dist.driver.dry_run import print_plan
+
+            print_plan(settings, console)
+            return
+        from rlhf_dist.driver.run import run
+
+        if_exists = "resume" if resume else "overwrite" if overwrite else "refuse"
+        run(settings, address=address, if_exists=if_exists, console=console, verbose=verbose)
+
+
+class _errors_for_people:  # noqa: N801  a context manager, used like a function
+    """Turns what ends a run into a message and an exit code."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._verbose = verbose
+
+    def __enter__(self) -> None:
+        sys.path.insert(0, str(Path.cwd()))  # reward functions beside the configuration
+        signal.signal(signal.SIGTERM, _terminate)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._end("interrupted; continue from the last checkpoint with --resume", INTERRUPTED)
+        if isinstance(error, RunError) and not self._verbose:
+            self._end(f"error: {error}", error.exit_code)
+
+    @staticmethod
+    def _end(message: str, code: int) -> NoReturn:
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(code)
+
+
+def _terminate(*_: object) -> NoReturn:
+    sys.exit(TERMINATED)
+
+
+def main() -> None:
+    """Entry point of `rlhf-dist`."""
+    app()

@@ -1,0 +1,132 @@
+"""What each role reserves, whether the cluster has it, and the placement groups that hold it.
+
+One placement group a role, one bundle a worker, so that counts scale independently.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf_dist.engines.settings import WorkerSettings
+from rlhf_dist.errors import ResourceError
+
+
+@dataclass(frozen=True)
+class RoleShare:
+    """What every worker of a role gets."""
+
+    role: str
+    num_workers: int
+    cpus: float
+    gpus: float
+    threads: int
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment of the role's processes, complete before torch is imported in them.
+
+        Waiting OpenMP threads must sleep: with the default they spin, and one busy neighbour then slows
+        a worker tenfold.
+        """
+        variables = {
+            "OMP_NUM_THREADS": str(self.threads),
+            "MKL_NUM_THREADS": str(self.threads),
+            "OMP_WAIT_POLICY": "passive",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")])),
+        }
+        if self.gpus == 0:
+            variables |= {
+                "CUDA_VISIBLE_DEVICES": "",
+                "DS_ACCELERATOR": "cpu",
+                "TORCH_COMPILE_DISABLE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            }
+        return variables
+
+
+def share_out(roles: dict[str, WorkerSettings], *, node_cpus: float) -> list[RoleShare]:
+    """CPUs, GPUs and threads of each role's workers.
+
+    Roles take turns in synchronous training, so by default the threads of one role fill a node's cores
+    and the reservations of all roles together do: nothing oversubscribes the cores, and everything fits.
+
+    Args:
+        node_cpus: cores of one node.
+    """
+    total_workers = sum(settings.num_workers for settings in roles.values())
+    equal_share = max(0.01, math.floor(100 * min(1.0, node_cpus / (total_workers + 1))) / 100)
+    return [
+        RoleShare(
+            role=role,
+            num_workers=settings.num_workers,
+            cpus=settings.cpus_per_worker or equal_share,
+            gpus=settings.gpus_per_worker,
+            threads=settings.threads_per_worker or max(1, int(node_cpus // settings.num_workers)),
+        )
+        for role, settings in roles.items()
+    ]
+
+
+def check_fits(shares: list[RoleShare], resources: dict[str, float]) -> None:
+    """Refuse at once what the whole cluster could never hold.
+
+    Raises:
+        ResourceError: naming the resource, what each role asks for and what there is.
+    """
+    for resource, amount_of in (("CPU", lambda share: share.cpus), ("GPU", lambda share: share.gpus)):
+        asked = sum(share.num_workers * amount_of(share) for share in shares)
+        there = resources.get(resource, 0.0)
+        if asked > there + 1e-6:
+            roles = ", ".join(
+                f"{share.role} {share.num_workers} x {amount_of(share):g}"
+                for share in shares
+                if amount_of(share) > 0
+            )
+            raise ResourceError(
+                f"the run needs {asked:g} {resource}s ({roles}), the cluster has {there:g}; lower num_workers or "
+                f"{resource.lower()}s_per_worker of a role, or join a larger cluster with --address"
+            )
+
+
+def reserve(share: RoleShare, *, timeout_s: float) -> PlacementGroup:
+    """A placement group with one bundle for each worker of a role.
+
+    Raises:
+        ResourceError: the cluster did not free the resources in time.
+    """
+    bundle = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
+    group = placement_group([bundle] * share.num_workers, strategy="PACK", name=f"{share.role}-workers")
+    if not group.wait(timeout_seconds=timeout_s):
+        remove_placement_group(group)
+        free = {name: ray.available_resources().get(name, 0.0) for name in bundle}
+        raise ResourceError(
+            f"{share.num_workers} {share.role} workers of {bundle} each found no room within {timeout_s:g} s; "
+            f"free in the cluster: {free}; other jobs hold the rest, or no single node has room for a worker"
+        )
+    return group
+
+
+def options_in(group: PlacementGroup, index: int, share: RoleShare) -> dict[str, object]:
+    """Actor options that put worker `index` of a role into its bundle, with the role's environment."""
+    return {
+        "num_cpus": share.cpus,
+        "num_gpus": share.gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=index
+        ),
+        "runtime_env": {"env_vars": share.environment},
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }

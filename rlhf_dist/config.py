@@ -1,0 +1,266 @@
+"""The run's configuration: YAML in, `key=value` on the command line over it, one typed frozen tree out.
+
+Each section is defined beside the code that reads it; `Config` only composes them. An unknown key is an
+error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+
+from rlhf_dist import algorithms
+from rlhf_dist.algorithms.base import AlgorithmSettings
+from rlhf_dist.cluster.settings import ClusterSettings
+from rlhf_dist.data.settings import DataSettings, SFTSettings
+from rlhf_dist.engines.settings import LearnerSettings, RolloutSettings, ScoringSettings
+from rlhf_dist.errors import ConfigError
+from rlhf_dist.rewards.settings import RewardSettings
+from rlhf_dist.settings import Section
+
+
+class RunSettings(Section):
+    """The run as a whole."""
+
+    dir: Path
+    """Run folder: configuration, metrics, checkpoints and the trained policy. On several nodes it must be
+    on a file system that all of them share."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the order of prompts, every sampling seed and every shuffle."""
+    num_steps: int = Field(default=100, ge=1)
+    """Learner steps."""
+    num_sample_answers: int = Field(default=3, ge=0)
+    """Prompts whose greedy answers are shown before and after training."""
+
+
+class PolicySettings(Section):
+    """The model that is trained."""
+
+    model: str = Field(min_length=1)
+    """Checkpoint folder, hub name, or `task:NAME` for the small untrained model of a built-in task."""
+
+
+class ValueSettings(Section):
+    """The critic."""
+
+    model: str | None = None
+    """Checkpoint folder or hub name. None: the first reward model, else the starting policy."""
+
+
+class ReferenceSettings(Section):
+    """The policy that the KL is measured to."""
+
+    model: str | None = None
+    """Checkpoint folder or hub name. None: the starting policy."""
+
+
+class ExperienceSettings(Section):
+    """The queue between scoring and the learner."""
+
+    max_samples: int = Field(default=65_536, ge=1)
+    """Samples the queue may hold, leased ones included; producers wait beyond it."""
+    max_gib: float = Field(default=8.0, gt=0)
+    """The same bound in GiB of experience."""
+
+
+class WeightsSettings(Section):
+    """Weight snapshots from the learner to the rollout workers."""
+
+    probe_tolerance_nats: float | None = Field(default=None, gt=0)
+    """Largest difference between a worker's and the learner's log-probabilities of the probe sequence.
+    None: by the engine's dtype, 1e-4 in float32."""
+
+
+class CheckpointSettings(Section):
+    """Checkpoints of the learner."""
+
+    every_steps: int = Field(default=20, ge=1)
+    """Learner steps between two checkpoints; the last step is always saved."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints that stay on disk."""
+
+
+def _algorithm_settings(value: Any) -> Any:
+    if isinstance(value, dict):
+        name = value.get("name", "ppo")
+        if not isinstance(name, str) or name not in algorithms.algorithm_names():
+            raise ValueError(f"name={name!r} is not known; there are: {', '.join(algorithms.algorithm_names())}")
+        return algorithms.settings_class(name).model_validate(value)
+    return value
+
+
+class Config(Section):
+    """A run."""
+
+    run: RunSettings
+    policy: PolicySettings
+    value: ValueSettings = ValueSettings()
+    reference: ReferenceSettings = ReferenceSettings()
+    reward: tuple[RewardSettings, ...] = Field(min_length=1)
+    data: DataSettings
+    sft: SFTSettings | None = None
+    rollout: RolloutSettings = RolloutSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    learner: LearnerSettings = LearnerSettings()
+    algorithm: Annotated[SerializeAsAny[AlgorithmSettings], BeforeValidator(_algorithm_settings)] = Field(
+        default_factory=lambda: algorithms.settings_class("ppo")(name="ppo")
+    )
+    experience: ExperienceSettings = ExperienceSettings()
+    weights: WeightsSettings = WeightsSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        labels = [reward.label for reward in self.reward]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"two parts of `reward` have the same name: {labels}; set `name` of one")
+        num_samples = self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+        if self.algorithm.num_minibatches > num_samples:
+            raise ValueError(
+                f"algorithm.num_minibatches={self.algorithm.num_minibatches} is more than the "
+                f"{num_samples} samples of a step (rollout.prompts_per_step x rollout.samples_per_prompt)"
+            )
+        if self.experience.max_samples < num_samples:
+            raise ValueError(
+                f"experience.max_samples={self.experience.max_samples} cannot hold the {num_samples} samples "
+                "of a step (rollout.prompts_per_step x rollout.samples_per_prompt)"
+            )
+        if self.rollout.sampling.temperature == 0:
+            raise ValueError(
+                "rollout.sampling.temperature=0 always gives the same response, so there is nothing to learn from"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides, whose values are YAML, too.
+
+    Raises:
+        ConfigError: the file is missing or broken, a key is unknown, a value has the wrong type or range.
+    """
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], *, source: str) -> Config:
+    """Validate a configuration tree.
+
+    Raises:
+        ConfigError: with a line for each thing that is wrong.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise ConfigError("\n".join([f"{source} cannot be used:", *(f"  {line}" for line in problems)])) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, every default filled in; `load_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"configuration file {path} does not exist{hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"configuration file {path} must hold sections (run:, policy:, …), not {tree!r}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override!r} is not an override; write section.key=value, as in rollout.num_workers=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from error
+    *parents, last = key.split(".")
+    place: Any = tree
+    for depth, part in enumerate(parents):
+        child = _child(place, part)
+        if child is None:
+            child = {}
+            _set_child(place, part, child, override)
+        if not isinstance(child, dict | list):
+            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        place = child
+    _set_child(place, last, value, override)
+
+
+def _child(place: Any, part: str) -> Any:
+    if isinstance(place, list):
+        return place[int(part)] if part.isdigit() and int(part) < len(place) else None
+    return place.get(part)
+
+
+def _set_child(place: Any, part: str, value: Any, override: str) -> None:
+    if isinstance(place, dict):
+        place[part] = value
+    elif part.isdigit() and int(part) < len(place):
+        place[int(part)] = value
+    else:
+        raise ConfigError(f"override {override!r}: the list has {len(place)} entries, there is no {part!r}")
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(location)}"
+    if problem["type"] == "missing":
+        return f"{key} is missing"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _nearest(location: list[str]) -> str:
+    """`; did you mean …?` for an unknown key, looking in its own section first, then in the whole tree."""
+    known = list(_known_keys(Config))
+    *section, name = [part for part in location if not part.isdigit()]
+    siblings = [key for key in known if key.split(".")[:-1] == section]
+    by_name = difflib.get_close_matches(name, [key.split(".")[-1] for key in siblings], n=1, cutoff=0.5)
+    if by_name:
+        return f"; did you mean {'.'.join([*section, by_name[0]])}?"
+    near = difflib.get_close_matches(".".join([*section, name]), known, n=1, cutoff=0.4)
+    elsewhere = [key for key in known if key.split(".")[-1] == name] or near
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known here: {', '.join(key.split('.')[-1] for key in siblings)}" if siblings else ""
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}"
+        for section in _sections(field.annotation):
+            yield from _known_keys(section, f"{prefix}{name}.")
+
+
+def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
+    if annotation is AlgorithmSettings:
+        yield from (algorithms.settings_class(name) for name in algorithms.algorithm_names())
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        for argument in typing.get_args(annotation):
+            yield from _sections(argument)

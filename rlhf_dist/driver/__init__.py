@@ -1,0 +1,1 @@
+"""The driver: starts the roles, paces the loop, keeps the run folder."""

@@ -1,0 +1,135 @@
+"""Everything that can be checked and made before a worker starts: models, prompts, rewards, placement.
+
+What is wrong with the user's input is found here, in seconds, and not minutes later in a worker.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_dist.algorithms import make_algorithm
+from rlhf_dist.cluster.placement import RoleShare, share_out
+from rlhf_dist.config import Config
+from rlhf_dist.data.prompts import PromptSet, load_prompts
+from rlhf_dist.data.sources import TASK_PREFIX, TASKS_PACKAGE
+from rlhf_dist.driver.run_folder import RunFolder
+from rlhf_dist.engines.loading import check_checkpoint, context_limit, load_tokenizer
+from rlhf_dist.errors import ConfigError
+from rlhf_dist.rewards.functions import load_function
+from rlhf_dist.rewards.settings import FunctionRewardSettings, ModelRewardSettings
+
+
+@dataclass(frozen=True)
+class Models:
+    """The checkpoint of each role. None: the role is not needed."""
+
+    policy: str
+    value: str | None
+    reference: str | None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run."""
+
+    prompts: PromptSet
+    context_tokens: int
+
+
+def initial_policy(config: Config, folder: RunFolder) -> str:
+    """The policy's checkpoint; a built-in task's untrained model is made on the spot.
+
+    Raises:
+        DataError: there is no such task.
+    """
+    model = config.policy.model
+    if not model.startswith(TASK_PREFIX):
+        return model
+    if not (folder.initial_policy / "config.json").exists():
+        name = model.removeprefix(TASK_PREFIX).replace("-", "_")
+        importlib.import_module(f"{TASKS_PACKAGE}.{name}").make_policy(folder.initial_policy, seed=config.run.seed)
+    return str(folder.initial_policy)
+
+
+def prepare(config: Config, policy: str) -> Prepared:
+    """Check every input of a run and load its prompts.
+
+    Args:
+        policy: checkpoint of the starting policy.
+
+    Raises:
+        RunError: naming what cannot be used and how to mend it.
+    """
+    check_inputs(config)
+    tokenizer = load_tokenizer(policy, "policy")
+    context_tokens = _context_tokens(config, policy)
+    max_prompt_tokens = _max_prompt_tokens(config, context_tokens)
+    return Prepared(load_prompts(config.data, tokenizer, max_prompt_tokens=max_prompt_tokens), context_tokens)
+
+
+def check_inputs(config: Config) -> None:
+    """What can be checked of models and rewards without loading them.
+
+    Raises:
+        RunError: naming what cannot be used.
+    """
+    for reward in config.reward:
+        if isinstance(reward, FunctionRewardSettings):
+            load_function(reward.path)
+        else:
+            check_checkpoint(reward.model, "reward")
+    for role, model in (("value", config.value.model), ("reference", config.reference.model)):
+        if model is not None:
+            check_checkpoint(model, role)
+    if not config.policy.model.startswith(TASK_PREFIX):
+        check_checkpoint(config.policy.model, "policy")
+
+
+def role_models(config: Config, policy: str) -> Models:
+    """Which checkpoint each role starts from.
+
+    Args:
+        policy: the starting policy, after the supervised stage if there is one.
+    """
+    needs = make_algorithm(config.algorithm).needs
+    reward_models = [reward.model for reward in config.reward if isinstance(reward, ModelRewardSettings)]
+    value = config.value.model or (reward_models[0] if reward_models else policy)
+    return Models(
+        policy=policy,
+        value=value if needs.value_model else None,
+        reference=(config.reference.model or policy) if needs.reference else None,
+    )
+
+
+def shares(config: Config, *, node_cpus: float) -> dict[str, RoleShare]:
+    """What each role's workers reserve."""
+    roles = {"rollout": config.rollout, "scoring": config.scoring, "learner": config.learner}
+    return {share.role: share for share in share_out(roles, node_cpus=node_cpus)}
+
+
+def _context_tokens(config: Config, policy: str) -> int:
+    asked = config.rollout.context_tokens
+    if asked is not None and Path(policy).exists() and asked > context_limit(policy, "policy"):
+        raise ConfigError(
+            f"rollout.context_tokens={asked} is above the policy's limit of {context_limit(policy, 'policy')}"
+        )
+    return asked or context_limit(policy, "policy")
+
+
+def _max_prompt_tokens(config: Config, context_tokens: int) -> int:
+    max_tokens = config.rollout.sampling.max_tokens
+    room = context_tokens - max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"rollout.sampling.max_tokens={max_tokens} leaves no room for a prompt in a context of "
+            f"{context_tokens} tokens; lower it"
+        )
+    asked = config.data.max_prompt_tokens
+    if asked is not None and asked > room:
+        raise ConfigError(
+            f"data.max_prompt_tokens={asked} and rollout.sampling.max_tokens={max_tokens} together are above "
+            f"the context of {context_tokens} tokens"
+        )
+    return asked or room

@@ -1,0 +1,65 @@
+"""The supervised stage: from the initial policy to one that answers, before reinforcement learning."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import ray
+
+from rlhf_dist.cluster.calls import Call, wait_for, wait_for_all
+from rlhf_dist.cluster.placement import RoleShare
+from rlhf_dist.cluster.rank_group import RankGroup
+from rlhf_dist.cluster.supervised_worker import SupervisedWorker
+from rlhf_dist.config import Config
+from rlhf_dist.data.demonstrations import load_demonstrations
+from rlhf_dist.data.settings import SFTSettings
+from rlhf_dist.engines.loading import context_limit, load_tokenizer
+from rlhf_dist.observability.progress import Progress
+
+REPORTS = 5
+"""Lines that the stage prints."""
+
+
+def supervised_stage(
+    config: Config, sft: SFTSettings, *, model: str, folder: Path, share: RoleShare, progress: Progress
+) -> None:
+    """Train `model` on demonstrations with the learner's ranks; the result, with tokenizer, is in `folder`.
+
+    Raises:
+        RunError: the demonstrations cannot be used, or a worker failed.
+    """
+    tokenizer = load_tokenizer(model, "policy")
+    demonstrations = load_demonstrations(
+        sft, tokenizer, max_tokens=sft.max_tokens or context_limit(model, "policy")
+    )
+    group = RankGroup(SupervisedWorker, share, config.cluster)
+    try:
+        table = ray.put(demonstrations.table)
+        started = group.start(
+            config.learner, sft, model=model, demonstrations=table, seed=config.run.seed
+        )
+        wait_for_all(started, config.cluster.start_timeout_s)
+        _train(group, sft, timeout_s=config.cluster.step_timeout_s, progress=progress)
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        group.export_policy(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    finally:
+        group.end()
+
+
+def _train(group: RankGroup, sft: SFTSettings, *, timeout_s: float, progress: Progress) -> None:
+    streams = [actor.train.options(num_returns="streaming").remote() for actor in group.workers.actors]
+    for step in range(sft.num_steps):
+        calls = [
+            Call(next(stream), group.workers.name(rank), f"do supervised step {step}")
+            for rank, stream in enumerate(streams)
+        ]
+        loss = wait_for_all(calls, timeout_s)[0]
+        if (step + 1) % max(1, sft.num_steps // REPORTS) == 0:
+            progress.say(f"supervised step {step + 1}/{sft.num_steps}  loss {loss:.3f} nats a token")
+    for rank, stream in enumerate(streams):
+        done = Call(stream.completed(), group.workers.name(rank), "finish the supervised stage")
+        wait_for(done, timeout_s)

@@ -1,0 +1,46 @@
+"""The few collectives the learner group needs besides DeepSpeed's own, and metrics averaged over it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The sum of every rank's tensor, on the CPU. All ranks pass the same shape."""
+    total = tensor.to(device)
+    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    return total.cpu()
+
+
+class GroupMetrics:
+    """Scalars that arrive micro-batch by micro-batch on every rank, combined over all of them.
+
+    A name that ends in `_max` or `_min` is an extreme, every other one a mean weighted by tokens.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, dict[str, float]]] = []
+
+    def add(self, stats: dict[str, torch.Tensor], num_tokens: int) -> None:
+        """Count one piece. Pieces without tokens say nothing."""
+        if num_tokens > 0:
+            self._pieces.append((num_tokens, {name: float(value) for name, value in stats.items()}))
+
+    def reduce(self) -> dict[str, float]:
+        """Every metric over all ranks, the same on each. A collective."""
+        by_rank: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(by_rank, self._pieces)
+        pieces = [piece for rank in by_rank for piece in rank]
+        names = sorted({name for _, stats in pieces for name in stats})
+        return {name: _combine(name, [(n, stats[name]) for n, stats in pieces if name in stats]) for name in names}
+
+
+def _combine(name: str, weighted: list[tuple[int, float]]) -> float:
+    if name.endswith("_max"):
+        return max(value for _, value in weighted)
+    if name.endswith("_min"):
+        return min(value for _, value in weighted)
+    return sum(count * value for count, value in weighted) / sum(count for count, _ in weighted)

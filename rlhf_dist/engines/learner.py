@@ -1,0 +1,240 @@
+"""One rank of the learner group: what a step does with a batch of experience.
+
+Consumes a batch (`Samples`), produces new policy weights. In one step, on every rank alike:
+
+    1. forward      values and log-probabilities under the weights before the step; each rank computes its
+                    share of the batch, then the shares are exchanged
+    2. estimate     the algorithm's advantages and returns, on the whole batch
+    3. update       epochs x minibatches; each rank takes its token-balanced part of a minibatch in
+                    micro-batches; losses divide by the minibatch's token count over all ranks, so the
+                    result does not depend on how the batch was cut
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rlhf_dist.algorithms.base import Algorithm, Estimates, MicroBatch, Stats, StepBatch
+from rlhf_dist.data.batching import Plan, RankBatches, learner_plan
+from rlhf_dist.engines.collectives import GroupMetrics, sum_over_ranks
+from rlhf_dist.engines.deepspeed_engine import DeepSpeedEngine
+from rlhf_dist.engines.export import export_causal_lm
+from rlhf_dist.engines.policy_model import PolicyModel
+from rlhf_dist.engines.settings import LearnerSettings
+from rlhf_dist.engines.step_metrics import sample_metrics, token_metrics
+from rlhf_dist.engines.scalar_model import ValueModel
+from rlhf_dist.experience.samples import Samples, SequenceBatch
+from rlhf_dist.types import Probe, WeightManifest, WeightPayload
+from rlhf_dist.weights.snapshot import take_snapshot
+
+
+class Learner:
+    """A rank's share of the policy and value models. Every method is a collective over the group."""
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        algorithm: Algorithm,
+        *,
+        policy_model: str,
+        value_model: str,
+        num_steps: int,
+        dtype: torch.dtype,
+        seed: int,
+    ) -> None:
+        """Load the models into DeepSpeed; the process group must exist.
+
+        Args:
+            policy_model, value_model: checkpoint folders or hub names.
+            num_steps: learner steps of the whole run, for the learning-rate schedule.
+            dtype: compute dtype.
+            seed: of the run; decides the shuffles of the epochs.
+        """
+        self._settings, self._algorithm, self._seed = settings, algorithm, seed
+        self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
+        num_updates = num_steps * algorithm.settings.num_epochs * algorithm.settings.num_minibatches
+        checkpointing = settings.gradient_checkpointing
+        self._policy = DeepSpeedEngine(
+            PolicyModel(policy_model, dtype=dtype, gradient_checkpointing=checkpointing),
+            settings,
+            settings.policy_optimizer,
+            num_updates=num_updates,
+            dtype=dtype,
+        )
+        self._value: DeepSpeedEngine | None = None
+        if algorithm.needs.value_model:
+            self._value = DeepSpeedEngine(
+                ValueModel(value_model, dtype=dtype, role="value", gradient_checkpointing=checkpointing),
+                settings,
+                settings.value_optimizer,
+                num_updates=num_updates,
+                dtype=dtype,
+            )
+
+    def step(self, samples: Samples, *, step: int, temperature: float) -> dict[str, float]:
+        """Train on a batch; returns the step's metrics, the same on every rank.
+
+        Args:
+            step: learner step, from 0.
+            temperature: what the samples were drawn at, and so what log-probabilities are taken at.
+        """
+        plan = learner_plan(
+            samples.total_lengths,
+            num_ranks=self._num_ranks,
+            num_epochs=self._algorithm.settings.num_epochs,
+            num_minibatches=min(self._algorithm.settings.num_minibatches, samples.num_samples),
+            max_tokens_per_micro_batch=self._settings.max_tokens_per_micro_batch,
+            seed=(self._seed, step),
+        )
+        batch, entropies = self._forward(samples, plan, temperature)
+        estimates, metrics = self._algorithm.estimate(batch)
+        metrics |= sample_metrics(samples) | token_metrics(batch, entropies)
+        return metrics | self._update(samples, plan, batch, estimates, temperature)
+
+    def snapshot(self, version: int, probe_tokens: Sequence[int]) -> tuple[WeightManifest, WeightPayload] | None:
+        """The policy's weights with the learner's answer to the probe, on rank 0; None elsewhere."""
+        tokens = torch.tensor(probe_tokens).numpy()
+        sequence = SequenceBatch.build([tokens[:1]], [tokens[1:]]).to(self._policy.device)
+        with torch.no_grad():
+            logprobs, _ = self._policy(*sequence.model_inputs(), with_entropy=False)
+        probe = Probe(tuple(probe_tokens), tuple(logprobs[0].tolist()))
+        tensors = self._policy.gathered(self._policy.module.lm)
+        if self._rank == 0:
+            return take_snapshot(version, tensors, probe)
+        for _ in tensors:  # the other ranks take part in the gather
+            pass
+        return None
+
+    def export_policy(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder, without its tokenizer; rank 0 writes."""
+        export_causal_lm(self._policy, folder)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's share of a checkpoint into an existing folder."""
+        for name, engine in self._engines():
+            engine.save(folder, tag=name)
+        if self._rank == 0:
+            torch.save(self._algorithm.state_dict(), folder / "algorithm.pt")
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote."""
+        for name, engine in self._engines():
+            engine.load(folder, tag=name)
+        self._algorithm.load_state_dict(torch.load(folder / "algorithm.pt", weights_only=True))
+
+    def _engines(self) -> Iterator[tuple[str, DeepSpeedEngine]]:
+        yield "policy", self._policy
+        if self._value is not None:
+            yield "value", self._value
+
+    @torch.no_grad()
+    def _forward(
+        self, samples: Samples, plan: Plan, temperature: float
+    ) -> tuple[StepBatch, torch.Tensor]:
+        num_tokens = int(samples.response_offsets[-1])
+        logprobs, entropies, values = (torch.zeros(num_tokens) for _ in range(3))
+        for indices in plan.forward[self._rank]:
+            sequences = samples.sequences(indices).to(self._policy.device)
+            micro_logprobs, micro_entropies = self._policy(*sequences.model_inputs(), temperature)
+            samples.scatter(micro_logprobs, indices, into=logprobs)
+            samples.scatter(micro_entropies, indices, into=entropies)
+            if self._value is not None:
+                samples.scatter(self._value(*sequences.model_inputs()), indices, into=values)
+        logprobs, entropies, values = sum_over_ranks(
+            torch.stack([logprobs, entropies, values]), self._policy.device
+        )
+        batch = StepBatch(
+            mask=samples.padded(samples.response_mask).bool(),
+            rollout_logprobs=samples.padded(samples.rollout_logprobs),
+            old_logprobs=samples.padded(logprobs),
+            rewards=torch.from_numpy(samples.rewards).float(),
+            values=samples.padded(values) if self._value is not None else None,
+            ref_logprobs=None if samples.ref_logprobs is None else samples.padded(samples.ref_logprobs),
+            group_ids=torch.from_numpy(samples.ordinals),
+        )
+        return batch, samples.padded(entropies)
+
+    def _update(
+        self, samples: Samples, plan: Plan, batch: StepBatch, estimates: Estimates, temperature: float
+    ) -> dict[str, float]:
+        group_metrics = GroupMetrics()
+        policy_norms, value_norms = [], []
+        for minibatches in plan.epochs:
+            for minibatch in minibatches:
+                self._accumulate(samples, minibatch, batch, estimates, temperature, group_metrics)
+                policy_norms.append(self._policy.step())
+                if self._value is not None:
+                    value_norms.append(self._value.step())
+        metrics = group_metrics.reduce()
+        metrics["policy_grad_norm"] = _mean(policy_norms)
+        metrics["policy_learning_rate"] = self._policy.learning_rate
+        if self._value is not None:
+            metrics["value_grad_norm"] = _mean(value_norms)
+        return metrics
+
+    def _accumulate(
+        self,
+        samples: Samples,
+        minibatch: RankBatches,
+        batch: StepBatch,
+        estimates: Estimates,
+        temperature: float,
+        group_metrics: GroupMetrics,
+    ) -> None:
+        """Backward passes of this rank's micro-batches of one minibatch."""
+        everywhere = [index for rank in minibatch for micro in rank for index in micro]
+        tokens_by_sample = batch.mask[everywhere].sum(dim=1)
+        counts = int(tokens_by_sample.sum()), int((tokens_by_sample > 0).sum())
+        for indices in minibatch[self._rank]:
+            micro = _cut(batch, estimates, indices, samples, *counts).to(self._policy.device)
+            sequences = samples.sequences(indices).to(self._policy.device)
+            size = len(indices)  # 0 for an idle rank, whose pass has one row that counts for nothing
+            logprobs, entropy = self._policy(*sequences.model_inputs(), temperature)
+            loss, stats = self._algorithm.policy_objective(logprobs[:size], entropy[:size], micro)
+            self._policy.backward(loss * self._num_ranks)  # DeepSpeed averages over the ranks
+            group_metrics.add(_named("policy", loss, stats, micro), int(micro.mask.sum()))
+            if self._value is not None:
+                values = self._value(*sequences.model_inputs())
+                loss, stats = self._algorithm.value_objective(values[:size], micro)
+                self._value.backward(loss * self._num_ranks)
+                group_metrics.add(_named("value", loss, stats, micro), int(micro.mask.sum()))
+
+
+def _named(model: str, loss: torch.Tensor, stats: Stats, micro: MicroBatch) -> Stats:
+    """Metrics of one piece. Its loss is a share of the minibatch's; as a mean over its own tokens it is larger."""
+    share = micro.mask.sum().clamp(min=1) / micro.num_tokens
+    return {f"{model}_{name}": value for name, value in stats.items()} | {f"{model}_loss": loss.detach() / share}
+
+
+def _cut(
+    batch: StepBatch,
+    estimates: Estimates,
+    indices: Sequence[int],
+    samples: Samples,
+    num_tokens: int,
+    num_sequences: int,
+) -> MicroBatch:
+    """Rows of the step's batch, no wider than the longest response among them."""
+    rows = list(indices)
+    width = int(samples.response_lengths[rows].max(initial=0))
+
+    def cut(whole: torch.Tensor | None) -> torch.Tensor | None:
+        return None if whole is None else whole[rows, :width]
+
+    return MicroBatch(
+        mask=batch.mask[rows, :width],
+        old_logprobs=batch.old_logprobs[rows, :width],
+        advantages=estimates.advantages[rows, :width],
+        old_values=cut(batch.values),
+        returns=cut(estimates.returns),
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

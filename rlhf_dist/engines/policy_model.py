@@ -1,0 +1,66 @@
+"""The policy as the learner and the reference scorer see it: log-probabilities of response tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from rlhf_dist.engines.loading import load_model
+from rlhf_dist.ops.logprobs import entropy_from_logits, logprobs_from_logits
+
+
+class PolicyModel(nn.Module):
+    """A causal language model whose forward pass gives the response tokens' log-probabilities."""
+
+    def __init__(self, model: str, *, dtype: torch.dtype, gradient_checkpointing: bool = False) -> None:
+        """Load the model in evaluation mode: without dropout the first update's ratios are exactly 1."""
+        super().__init__()
+        self.lm = load_model(AutoModelForCausalLM, model, dtype=dtype, role="policy")
+        self.lm.config.use_cache = False
+        self.lm.eval()
+        if gradient_checkpointing:
+            self.lm.train()
+            self.lm.gradient_checkpointing_enable()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        response_start: torch.Tensor,
+        response_length: torch.Tensor,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities and entropies, in nats, of the distribution tempered by `temperature`.
+
+        Args: see `experience.samples.SequenceBatch`; [B, S] and [B].
+
+        Returns:
+            Two [B, T] float32 tensors, zero beyond each response's end; the second None if not asked for.
+        """
+        first = int(response_start.min()) - 1
+        positions = torch.arange(first, max(first + 1, input_ids.shape[1] - 1), device=input_ids.device)
+        logits = self.lm(
+            input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions
+        ).logits  # (B, K, V): position p predicts token p + 1
+        labels = input_ids[:, positions + 1]
+        start = response_start - 1 - first
+        logprobs = logprobs_from_logits(logits, labels, temperature)
+        aligned = align_responses(logprobs, start, response_length)
+        if not with_entropy:
+            return aligned, None
+        entropy = entropy_from_logits(logits, temperature)
+        return aligned, align_responses(entropy, start, response_length)
+
+
+def align_responses(per_position: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+    """Shift each row of [B, K] so that its response begins in column 0; [B, T], zero beyond its length.
+
+    Args:
+        start: [B] column of the first response token's value.
+        length: [B] response tokens; T is the largest.
+    """
+    steps = torch.arange(int(length.max()), device=per_position.device)  # (T,)
+    columns = (start[:, None] + steps).clamp(max=per_position.shape[1] - 1)  # (B, T)
+    return per_position.gather(1, columns).masked_fill(steps >= length[:, None], 0.0)

@@ -1,0 +1,52 @@
+"""What a step's batch says of the policy that sampled it: rewards, lengths, KL, entropy, engine mismatch."""
+
+from __future__ import annotations
+
+import torch
+
+from rlhf_dist.algorithms.base import StepBatch
+from rlhf_dist.experience.samples import Samples
+from rlhf_dist.ops.kl import kl_estimate
+from rlhf_dist.ops.masked import masked_mean
+
+
+def sample_metrics(samples: Samples) -> dict[str, float]:
+    """Over samples: rewards and their parts, response lengths in tokens, share that ended by itself."""
+    lengths = samples.response_lengths
+    metrics = {
+        "reward_mean": float(samples.rewards.mean()),
+        "reward_std": float(samples.rewards.std()),
+        "reward_min": float(samples.rewards.min()),
+        "reward_max": float(samples.rewards.max()),
+        "response_tokens_mean": float(lengths.mean()),
+        "response_tokens_max": float(lengths.max()),
+        "finished_share": float(samples.finished.mean()),
+        "num_samples": samples.num_samples,
+        "num_response_tokens": int(lengths.sum()),
+        "oldest_policy_version": int(samples.policy_versions.min(initial=0)),
+    }
+    if len(samples.reward_parts) > 1:
+        metrics |= {f"reward_part_{name}": float(part.mean()) for name, part in samples.reward_parts.items()}
+    return metrics
+
+
+def token_metrics(batch: StepBatch, entropies: torch.Tensor) -> dict[str, float]:
+    """Over tokens: entropy, KL to the reference, and the gap between the sampling engine and the learner.
+
+    `kl_ref` is the k3 estimate in nats a token, `kl_ref_response` the k1 estimate summed over a response.
+    """
+    mask = batch.mask
+    gap = (batch.old_logprobs - batch.rollout_logprobs).abs().masked_fill(~mask, 0.0)
+    metrics = {
+        "entropy": float(masked_mean(entropies, mask)),
+        "rollout_learner_gap_max": float(gap.max()) if gap.numel() else 0.0,
+        "rollout_learner_kl": float(
+            masked_mean(kl_estimate(batch.rollout_logprobs, batch.old_logprobs, "k3"), mask)
+        ),
+    }
+    if batch.ref_logprobs is not None:
+        k3 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k3")
+        k1 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1")
+        metrics["kl_ref"] = float(masked_mean(k3, mask))
+        metrics["kl_ref_response"] = float(torch.where(mask, k1, 0.0).sum(dim=1).mean())
+    return metrics

@@ -1,0 +1,178 @@
+"""A vLLM engine inside this process, stepped by its owner.
+
+Consumes generation requests and weight snapshots; produces completions whose every token carries its
+log-probability and the policy version that sampled it. Between two `step()` calls the owner may add
+requests or load new weights; requests under way go on with the new ones.
+
+`engine_environment` must be in the process's environment before vllm is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm import SamplingParams, TokensPrompt
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from rlhf_dist.engines import vllm_weight_transfer
+from rlhf_dist.types import Completion, GenerationRequest, WeightManifest, WeightPayload
+from rlhf_dist.weights import snapshot
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    from rlhf_dist.engines.settings import RolloutSettings
+
+GIB = 1024**3
+
+
+class VLLMEngine:
+    """One engine: a model, its KV cache, its scheduler."""
+
+    def __init__(self, model: str, settings: RolloutSettings, *, context_tokens: int, dtype: str) -> None:
+        """Load the model and reserve the KV cache.
+
+        Args:
+            model: folder or hub name of the starting policy; its weights are version 0.
+            context_tokens: prompt and response together, at most.
+            dtype: torch dtype name of weights and activations.
+        """
+        vllm_weight_transfer.register()
+        on_gpu = settings.gpus_per_worker > 0
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=model,
+                dtype=dtype,
+                max_model_len=context_tokens,
+                max_num_seqs=settings.max_num_seqs,
+                enforce_eager=settings.enforce_eager or not on_gpu,
+                tensor_parallel_size=max(1, int(settings.gpus_per_worker)),
+                gpu_memory_utilization=settings.gpu_memory_utilization,
+                kv_cache_memory_bytes=None if on_gpu else int(settings.cpu_kv_cache_gib * GIB),
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",
+                weight_transfer_config={"backend": vllm_weight_transfer.BACKEND},
+                disable_log_stats=True,
+                seed=0,
+            )
+        )
+        self._engine.collective_rpc("init_weight_transfer_engine", args=({},))
+        self._requests: dict[str, GenerationRequest] = {}
+        self._finished_during_probe: list[Completion] = []
+        self._num_probes = 0
+        self._set_version(0)
+
+    @property
+    def version(self) -> int:
+        """The policy version that the next token will be sampled from."""
+        return self._version
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding, padding included."""
+        return int(self._engine.model_config.get_vocab_size())
+
+    def add(
+        self, request: GenerationRequest, settings: RolloutSettings, *, temperature: float, max_tokens: int
+    ) -> None:
+        """Queue a request; it joins the running batch at the next step."""
+        sampling = settings.sampling
+        request_id = f"{request.ordinal}-{request.sample}"
+        self._requests[request_id] = request
+        self._engine.add_request(
+            request_id,
+            TokensPrompt(prompt_token_ids=request.prompt_tokens),
+            SamplingParams(
+                temperature=temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=max_tokens,
+                min_tokens=sampling.min_tokens,
+                stop=list(sampling.stop) or None,
+                seed=request.seed,
+                logprobs=0,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
+        )
+
+    def has_unfinished(self) -> bool:
+        """Whether a step has anything left to return."""
+        return bool(self._requests or self._finished_during_probe)
+
+    def step(self) -> list[Completion]:
+        """One engine step; returns the requests that it finished."""
+        finished, self._finished_during_probe = self._finished_during_probe, []
+        if self._requests:
+            finished += [self._completion(output) for output in self._engine.step() if output.finished]
+        return finished
+
+    def abort(self) -> None:
+        """Forget every request under way."""
+        self._engine.abort_request(list(self._requests), internal=False)
+        self._requests.clear()
+
+    def load_weights(self, manifest: WeightManifest, payload: WeightPayload) -> None:
+        """Verify a snapshot, load it, and drop what was cached under the old weights.
+
+        Raises:
+            WeightsError: a digest does not match; the old weights stay.
+        """
+        snapshot.verify(manifest, payload)
+        self._engine.collective_rpc("start_weight_update")
+        self._engine.collective_rpc("update_weights", args=({"manifest": manifest, "payload": payload},))
+        self._engine.collective_rpc("finish_weight_update")
+        self._engine.reset_prefix_cache()
+        self._set_version(manifest.version)
+
+    def prompt_logprobs(self, tokens: tuple[int, ...]) -> list[float]:
+        """Log-probabilities, in nats at temperature 1, of tokens 1..n-1 given those before each."""
+        self._num_probes += 1
+        request_id = f"probe-{self._num_probes}"
+        self._engine.add_request(
+            request_id,
+            TokensPrompt(prompt_token_ids=list(tokens)),
+            SamplingParams(
+                temperature=1.0, max_tokens=1, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+            ),
+        )
+        probe: RequestOutput | None = None
+        while True:
+            for output in self._engine.step():
+                if output.request_id == request_id:
+                    probe = output
+                elif output.finished:
+                    self._finished_during_probe.append(self._completion(output))
+            if probe is not None and probe.finished:
+                entries = zip(tokens[1:], probe.prompt_logprobs[1:], strict=True)
+                return [entry[token].logprob for token, entry in entries]
+
+    def shutdown(self) -> None:
+        """End the engine's helper processes, if it has any."""
+        self._engine.engine_core.shutdown()
+
+    def _set_version(self, version: int) -> None:
+        self._version = version
+        self._engine.set_weight_version(str(version))
+
+    def _completion(self, output: RequestOutput) -> Completion:
+        request = self._requests.pop(output.request_id)
+        answer = output.outputs[0]
+        tokens = list(answer.token_ids)
+        logprobs = [entry[token].logprob for token, entry in zip(tokens, answer.logprobs, strict=True)]
+        return Completion(
+            request=request,
+            text=answer.text,
+            tokens=tokens,
+            logprobs=logprobs,
+            policy_versions=_versions_by_token(answer),
+            finish_reason=answer.finish_reason,
+        )
+
+
+def _versions_by_token(answer: CompletionOutput) -> list[int]:
+    versions: list[int] = []
+    for span in answer.weight_versions:
+        versions += [int(span.version)] * (span.end - span.start)
+    return versions

@@ -1,0 +1,1 @@
+"""What flows from the rollout workers to the learner: Arrow batches and the bounded queue's bookkeeping."""

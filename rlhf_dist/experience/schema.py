@@ -1,0 +1,115 @@
+"""The Arrow schema of experience. One row is one sample; token columns are ragged lists, never padded.
+
+Rollout workers write `ROLLOUT_SCHEMA`; scoring workers add the scored columns and write
+`EXPERIENCE_SCHEMA`. The version travels in the schema's metadata, and a reader refuses another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from rlhf_dist.errors import RunError
+from rlhf_dist.types import BatchInfo, Completion
+
+SCHEMA_VERSION = 1
+VERSION_KEY = b"rlhf_dist.experience_version"
+_METADATA = {VERSION_KEY: str(SCHEMA_VERSION).encode()}
+
+_ROLLOUT_FIELDS = [
+    pa.field("ordinal", pa.int64(), nullable=False),  # prompt ordinal
+    pa.field("sample", pa.int32(), nullable=False),  # index among the prompt's samples
+    pa.field("row", pa.int64(), nullable=False),  # row of the data set
+    pa.field("seed", pa.int64(), nullable=False),  # of the request
+    pa.field("producer", pa.string(), nullable=False),  # rollout worker
+    pa.field("finish_reason", pa.string(), nullable=False),  # stop | length
+    pa.field("prompt", pa.string(), nullable=False),  # as in the data set
+    pa.field("response", pa.string(), nullable=False),  # decoded, without special tokens
+    pa.field("columns", pa.string(), nullable=False),  # the data set's row, a JSON object
+    pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
+    pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),
+    pa.field("response_mask", pa.list_(pa.uint8()), nullable=False),  # 1: the policy chose the token
+    pa.field("rollout_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, tempered distribution
+    pa.field("policy_versions", pa.list_(pa.int32()), nullable=False),  # version that sampled the token
+]
+_SCORED_FIELDS = [
+    pa.field("reward", pa.float64(), nullable=False),  # weighted sum of the parts
+    pa.field("reward_parts", pa.map_(pa.string(), pa.float64()), nullable=False),  # unweighted, by name
+    pa.field("ref_logprobs", pa.list_(pa.float32()), nullable=False),  # nats, tempered; empty: no reference
+]
+
+ROLLOUT_SCHEMA = pa.schema(_ROLLOUT_FIELDS, metadata=_METADATA)
+EXPERIENCE_SCHEMA = pa.schema(_ROLLOUT_FIELDS + _SCORED_FIELDS, metadata=_METADATA)
+
+
+def rollout_batch(completions: Sequence[Completion], *, producer: str, prompts: pa.Table) -> pa.RecordBatch:
+    """Completions as one batch of `ROLLOUT_SCHEMA`; texts and columns come from the prompt table."""
+    requests = [completion.request for completion in completions]
+    texts = prompts.take([request.row for request in requests])
+    columns = {
+        "ordinal": [request.ordinal for request in requests],
+        "sample": [request.sample for request in requests],
+        "row": [request.row for request in requests],
+        "seed": [request.seed for request in requests],
+        "producer": [producer] * len(requests),
+        "finish_reason": [completion.finish_reason for completion in completions],
+        "prompt": texts["prompt"].combine_chunks(),
+        "response": [completion.text for completion in completions],
+        "columns": texts["columns"].combine_chunks(),
+        "prompt_tokens": [request.prompt_tokens for request in requests],
+        "response_tokens": [completion.tokens for completion in completions],
+        "response_mask": [[1] * len(completion.tokens) for completion in completions],
+        "rollout_logprobs": [completion.logprobs for completion in completions],
+        "policy_versions": [completion.policy_versions for completion in completions],
+    }
+    arrays = [
+        column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
+        for field, column in ((field, columns[field.name]) for field in ROLLOUT_SCHEMA)
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=ROLLOUT_SCHEMA)
+
+
+def scored_batch(
+    rollouts: pa.RecordBatch,
+    *,
+    rewards: Sequence[float],
+    reward_parts: dict[str, Sequence[float]],
+    ref_logprobs: Sequence[np.ndarray] | None,
+) -> pa.RecordBatch:
+    """The rollouts with their scores, as one batch of `EXPERIENCE_SCHEMA`."""
+    names = list(reward_parts)
+    parts = [[(name, float(reward_parts[name][i])) for name in names] for i in range(rollouts.num_rows)]
+    references = ref_logprobs if ref_logprobs is not None else [np.empty(0, np.float32)] * rollouts.num_rows
+    scored = [
+        pa.array([float(reward) for reward in rewards], pa.float64()),
+        pa.array(parts, EXPERIENCE_SCHEMA.field("reward_parts").type),
+        pa.array(references, pa.list_(pa.float32())),
+    ]
+    return pa.RecordBatch.from_arrays(rollouts.columns + scored, schema=EXPERIENCE_SCHEMA)
+
+
+def batch_info(batch: pa.RecordBatch) -> BatchInfo:
+    """What the queue and the driver may know of a scored batch."""
+    versions = batch["policy_versions"].flatten()
+    return BatchInfo(
+        num_samples=batch.num_rows,
+        num_response_tokens=len(batch["response_tokens"].flatten()),
+        num_bytes=batch.nbytes,
+        oldest_version=int(np.min(versions.to_numpy(), initial=np.iinfo(np.int32).max)),
+    )
+
+
+def check_version(schema: pa.Schema) -> None:
+    """Refuse experience that another version of the schema wrote.
+
+    Raises:
+        RunError: with both versions.
+    """
+    found = (schema.metadata or {}).get(VERSION_KEY, b"none").decode()
+    if found != str(SCHEMA_VERSION):
+        raise RunError(
+            f"experience has schema version {found}, this program reads version {SCHEMA_VERSION}; "
+            "read it with the version of rlhf_dist that wrote it"
+        )

@@ -1,0 +1,199 @@
+"""Log-probabilities and entropies from logits, without a float32 copy of the logits.
+
+The logits of a long batch are the largest tensor of a training step. Here they are read a chunk of rows at
+a time, forward and backward: beside the logits and their gradient, which keep their dtype, at most
+`CHUNK_BYTES` are in use at once, or two float32 rows of V where those are larger.
+
+The token shift of a causal model happens here and nowhere else: `next_tokens` before, `align_to_tokens`
+after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf_dist.ops.masked import upcast
+
+CHUNK_BYTES = 64 * 2**20
+"""Working memory for logits in float32, forward or backward."""
+
+BUFFERS = 2
+"""Tensors of a chunk's size that are alive at once."""
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each label under the tempered distribution.
+
+        logprob = z[label] - logsumexp(z),   z = logits / temperature
+
+    A row whose upstream gradient is 0 gets gradient 0 whatever its logits, NaN included.
+
+    Args:
+        logits: [B, T, V], or any leading dimensions; differentiable.
+        labels: [B, T], integers in [0, V), at padded positions too.
+        temperature: the sampler's, positive.
+    Returns:
+        [B, T], float32 (float64 for float64 logits).
+    Raises:
+        ValueError: labels are not of the logits' leading shape, or the temperature is not positive.
+    """
+    _check(logits, temperature, labels)
+    return _TokenStatistics.apply(logits, labels, temperature, False)[0]
+
+
+def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy of the tempered distribution, in nats.
+
+        H = -sum_v p log p,   p = softmax(logits / temperature),   0 log 0 = 0
+
+    Args:
+        logits: [B, T, V], or any leading dimensions; differentiable. -inf stands for p = 0.
+        temperature: the sampler's, positive.
+    Returns:
+        [B, T], float32 (float64 for float64 logits).
+    Raises:
+        ValueError: the temperature is not positive.
+    """
+    _check(logits, temperature)
+    return _TokenStatistics.apply(logits, None, temperature, True)[1]
+
+
+def logprobs_and_entropy(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`logprobs_from_logits` and `entropy_from_logits` in one pass over the logits.
+
+    Args, Raises: as there. Returns: (logprobs, entropy), both [B, T] and both differentiable.
+    """
+    _check(logits, temperature, labels)
+    return _TokenStatistics.apply(logits, labels, temperature, True)
+
+
+def next_tokens(tokens: Tensor) -> Tensor:
+    """The labels of a causal model's logits: position s predicts token s + 1.
+
+    Args:
+        tokens: [B, S], prompt and response.
+    Returns:
+        [B, S]. The last position has nothing to predict; it holds a valid token that counts for nothing.
+    """
+    return tokens.roll(-1, dims=-1)
+
+
+def align_to_tokens(per_position: Tensor) -> Tensor:
+    """Moves what position s says about token s + 1 (log-probability, entropy, value before it) to s + 1.
+
+    Args:
+        per_position: [B, S].
+    Returns:
+        [B, S], 0 for the first token, which nothing predicts.
+    """
+    return torch.cat([torch.zeros_like(per_position[..., :1]), per_position[..., :-1]], dim=-1)
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """(logprobs or None, entropy or None), each of the logits' leading shape.
+
+    With log p = log_softmax(x / temperature), which is computed again in the backward pass:
+
+        d logprob / dx_v = ([v = label] - p_v) / temperature
+        d H / dx_v       = -p_v (log p_v + H) / temperature
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor | None, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        shape = logits.shape[:-1]
+        logprobs, entropy = logits.new_empty(2, shape.numel(), dtype=_work_dtype(logits)).unbind()
+        labels = labels.reshape(-1, 1).long() if labels is not None else None
+        for rows, x in _chunks(logits):
+            log_p = _log_softmax(x, temperature)  # (rows, V)
+            if labels is not None:
+                logprobs[rows] = log_p.gather(-1, labels[rows]).squeeze(-1)
+            if with_entropy:
+                _finite(log_p)
+                entropy[rows] = log_p.exp().mul_(log_p).sum(-1).neg_()
+        ctx.save_for_backward(logits, labels, entropy if with_entropy else None)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return (
+            logprobs.view(shape) if labels is not None else None,
+            entropy.view(shape) if with_entropy else None,
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        logits, labels, entropy = ctx.saved_tensors
+        grad_logprobs, grad_entropy = (grad if grad is None else grad.reshape(-1, 1) for grad in grads)
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None
+        grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        grad_rows = grad_logits.view(-1, logits.shape[-1])
+        for rows, x in _chunks(logits):
+            silent = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
+            work = _log_softmax(x, ctx.temperature)  # (rows, V), log p
+            if grad_entropy is not None:
+                p = work.exp()
+                _finite(work).add_(entropy[rows].unsqueeze(-1)).mul_(p).mul_(-grad_entropy[rows])
+                silent &= grad_entropy[rows] == 0
+                if grad_logprobs is not None:
+                    work.addcmul_(p, grad_logprobs[rows], value=-1)
+            elif grad_logprobs is not None:
+                work.exp_().mul_(-grad_logprobs[rows])
+            if grad_logprobs is not None:
+                work.scatter_add_(-1, labels[rows], grad_logprobs[rows])
+                silent &= grad_logprobs[rows] == 0
+            if ctx.temperature != 1.0:
+                work.div_(ctx.temperature)
+            grad_rows[rows] = work.masked_fill_(silent, 0.0)
+        return grad_logits, None, None, None
+
+
+def _log_softmax(x: Tensor, temperature: float) -> Tensor:
+    z = upcast(x) if temperature == 1.0 else upcast(x) / temperature
+    return z.log_softmax(-1)
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    """In place: the lowest finite number for -inf, because 0 * -inf is NaN."""
+    return log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+
+
+def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, logits of these rows [rows, V]) over the flattened leading dimensions."""
+    step = max(1, CHUNK_BYTES // (BUFFERS * logits.shape[-1] * _work_dtype(logits).itemsize))
+    start = 0
+    for matrix in _matrices(logits, step):
+        for chunk in matrix.split(step):
+            yield slice(start, start + len(chunk)), chunk
+            start += len(chunk)
+
+
+def _matrices(logits: Tensor, step: int) -> Iterator[Tensor]:
+    """The rows of the logits in order, in matrices [rows, V] that are views if of more than `step` rows."""
+    if logits.is_contiguous() or logits.ndim <= 2 or logits.shape[:-1].numel() <= step:
+        yield logits.reshape(-1, logits.shape[-1])
+    else:
+        for part in logits.unbind():
+            yield from _matrices(part, step)
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(logits: Tensor, temperature: float, labels: Tensor | None = None) -> None:
+    if not temperature > 0:
+        raise ValueError(f"expected a positive temperature, received {temperature}")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"expected logits of [..., V], received {tuple(logits.shape)}")
+    if labels is not None and labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"expected labels of the logits' leading shape, received labels {tuple(labels.shape)}, "
+            f"logits {tuple(logits.shape)}"
+        )

@@ -1,0 +1,1 @@
+"""Versioned weight snapshots and the proof that a worker serves one."""
