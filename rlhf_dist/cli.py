@@ -48,8 +48,12 @@ def train(
         bool, typer.Option("--dry-run", help="Print the configuration and the placement; start nothing.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in the run folder first.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Stack traces, and the workers' own output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in the run folder first.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Stack traces, and the workers' own output.")
+    ] = False,
 ) -> None:
     """Train a policy."""
     console = Console(soft_wrap=True)

@@ -91,7 +91,9 @@ def _algorithm_settings(value: Any) -> Any:
     if isinstance(value, dict):
         name = value.get("name", "ppo")
         if not isinstance(name, str) or name not in algorithms.algorithm_names():
-            raise ValueError(f"name={name!r} is not known; there are: {', '.join(algorithms.algorithm_names())}")
+            raise ValueError(
+                f"name={name!r} is not known; there are: {', '.join(algorithms.algorithm_names())}"
+            )
         return algorithms.settings_class(name).model_validate(value)
     return value
 
@@ -162,7 +164,9 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
-        raise ConfigError("\n".join([f"{source} cannot be used:", *(f"  {line}" for line in problems)])) from error
+        raise ConfigError(
+            "\n".join([f"{source} cannot be used:", *(f"  {line}" for line in problems)])
+        ) from error
 
 
 def to_yaml(config: Config) -> str:
@@ -180,7 +184,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"configuration file {path} is not valid YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"configuration file {path} must hold sections (run:, policy:, …), not {tree!r}")
     return tree
@@ -189,7 +195,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ConfigError(f"{override!r} is not an override; write section.key=value, as in rollout.num_workers=2")
+        raise ConfigError(
+            f"{override!r} is not an override; write section.key=value, as in rollout.num_workers=2"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -202,7 +210,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             child = {}
             _set_child(place, part, child, override)
         if not isinstance(child, dict | list):
-            raise ConfigError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise ConfigError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section"
+            )
         place = child
     _set_child(place, last, value, override)
 

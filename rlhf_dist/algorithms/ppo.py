@@ -81,9 +81,7 @@ class Recipe:
         self.settings = settings
         self._controller: AdaptiveKLController | None = None
         if settings.kl.target is not None:
-            self._controller = AdaptiveKLController(
-                settings.kl.coef, settings.kl.target, settings.kl.horizon
-            )
+            self._controller = AdaptiveKLController(settings.kl.coef, settings.kl.target, settings.kl.horizon)
 
     @property
     def needs(self) -> Needs:

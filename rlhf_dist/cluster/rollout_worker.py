@@ -100,7 +100,9 @@ class RolloutWorker:
     def _add(self, ordinal: int, row: int, temperature: float) -> None:
         tokens = self._prompt_tokens(row)
         for sample in range(self._settings.samples_per_prompt):
-            request = GenerationRequest(ordinal, sample, row, request_seed(self._seed, ordinal, sample), tokens)
+            request = GenerationRequest(
+                ordinal, sample, row, request_seed(self._seed, ordinal, sample), tokens
+            )
             self._engine.add(
                 request,
                 self._settings,

@@ -36,4 +36,6 @@ def ray_session(address: str | None, *, show_worker_output: bool) -> Iterator[No
 
 def cpus_of_smallest_node() -> float:
     """Cores of the node with the fewest, for sharing threads out."""
-    return min(node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and "CPU" in node["Resources"])
+    return min(
+        node["Resources"]["CPU"] for node in ray.nodes() if node["Alive"] and "CPU" in node["Resources"]
+    )

@@ -49,7 +49,9 @@ def initial_policy(config: Config, folder: RunFolder) -> str:
         return model
     if not (folder.initial_policy / "config.json").exists():
         name = model.removeprefix(TASK_PREFIX).replace("-", "_")
-        importlib.import_module(f"{TASKS_PACKAGE}.{name}").make_policy(folder.initial_policy, seed=config.run.seed)
+        importlib.import_module(f"{TASKS_PACKAGE}.{name}").make_policy(
+            folder.initial_policy, seed=config.run.seed
+        )
     return str(folder.initial_policy)
 
 

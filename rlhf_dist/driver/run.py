@@ -111,9 +111,7 @@ def _reinforce(
                     )
 
         stopwatch.take()
-        train(
-            config, roles, order, probe, first_step=first_step, stopwatch=stopwatch, after_step=after_step
-        )
+        train(config, roles, order, probe, first_step=first_step, stopwatch=stopwatch, after_step=after_step)
         progress.phase("exporting the policy")
         roles.learner.export_policy(folder.policy)
         load_tokenizer(models.policy, "policy").save_pretrained(folder.policy)

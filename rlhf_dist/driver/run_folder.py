@@ -69,7 +69,9 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / ".lock").open("w")
         except OSError as error:
-            raise ConfigError(f"run folder {self.root} cannot be written: {error.strerror}; set run.dir") from error
+            raise ConfigError(
+                f"run folder {self.root} cannot be written: {error.strerror}; set run.dir"
+            ) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

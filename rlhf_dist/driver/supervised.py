@@ -36,9 +36,7 @@ def supervised_stage(
     group = RankGroup(SupervisedWorker, share, config.cluster)
     try:
         table = ray.put(demonstrations.table)
-        started = group.start(
-            config.learner, sft, model=model, demonstrations=table, seed=config.run.seed
-        )
+        started = group.start(config.learner, sft, model=model, demonstrations=table, seed=config.run.seed)
         wait_for_all(started, config.cluster.start_timeout_s)
         _train(group, sft, timeout_s=config.cluster.step_timeout_s, progress=progress)
         temporary = folder.with_name(folder.name + ".tmp")

@@ -35,7 +35,9 @@ class GroupMetrics:
         dist.all_gather_object(by_rank, self._pieces)
         pieces = [piece for rank in by_rank for piece in rank]
         names = sorted({name for _, stats in pieces for name in stats})
-        return {name: _combine(name, [(n, stats[name]) for n, stats in pieces if name in stats]) for name in names}
+        return {
+            name: _combine(name, [(n, stats[name]) for n, stats in pieces if name in stats]) for name in names
+        }
 
 
 def _combine(name: str, weighted: list[tuple[int, float]]) -> float:

@@ -95,7 +95,9 @@ class Learner:
         metrics |= sample_metrics(samples) | token_metrics(batch, entropies)
         return metrics | self._update(samples, plan, batch, estimates, temperature)
 
-    def snapshot(self, version: int, probe_tokens: Sequence[int]) -> tuple[WeightManifest, WeightPayload] | None:
+    def snapshot(
+        self, version: int, probe_tokens: Sequence[int]
+    ) -> tuple[WeightManifest, WeightPayload] | None:
         """The policy's weights with the learner's answer to the probe, on rank 0; None elsewhere."""
         tokens = torch.tensor(probe_tokens).numpy()
         sequence = SequenceBatch.build([tokens[:1]], [tokens[1:]]).to(self._policy.device)
@@ -132,9 +134,7 @@ class Learner:
             yield "value", self._value
 
     @torch.no_grad()
-    def _forward(
-        self, samples: Samples, plan: Plan, temperature: float
-    ) -> tuple[StepBatch, torch.Tensor]:
+    def _forward(self, samples: Samples, plan: Plan, temperature: float) -> tuple[StepBatch, torch.Tensor]:
         num_tokens = int(samples.response_offsets[-1])
         logprobs, entropies, values = (torch.zeros(num_tokens) for _ in range(3))
         for indices in plan.forward[self._rank]:
@@ -207,7 +207,9 @@ class Learner:
 def _named(model: str, loss: torch.Tensor, stats: Stats, micro: MicroBatch) -> Stats:
     """Metrics of one piece. Its loss is a share of the minibatch's; as a mean over its own tokens it is larger."""
     share = micro.mask.sum().clamp(min=1) / micro.num_tokens
-    return {f"{model}_{name}": value for name, value in stats.items()} | {f"{model}_loss": loss.detach() / share}
+    return {f"{model}_{name}": value for name, value in stats.items()} | {
+        f"{model}_loss": loss.detach() / share
+    }
 
 
 def _cut(

@@ -81,9 +81,7 @@ class Samples:
 
     def sequences(self, indices: Sequence[int]) -> SequenceBatch:
         """The chosen samples, padded on the right, with the place of each response."""
-        prompts = [
-            self.prompt_tokens[self.prompt_offsets[i] : self.prompt_offsets[i + 1]] for i in indices
-        ]
+        prompts = [self.prompt_tokens[self.prompt_offsets[i] : self.prompt_offsets[i + 1]] for i in indices]
         responses = [
             self.response_tokens[self.response_offsets[i] : self.response_offsets[i + 1]] for i in indices
         ]

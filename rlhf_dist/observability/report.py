@@ -35,7 +35,11 @@ def summary_table(metrics: Sequence[Metrics]) -> Table:
     table.add_column("")
     table.add_column(f"first {width}", justify="right")
     table.add_column(f"last {width}", justify="right")
-    parts = {name: name.replace("reward_part_", "reward: ") for name in metrics[0] if name.startswith("reward_part_")}
+    parts = {
+        name: name.replace("reward_part_", "reward: ")
+        for name in metrics[0]
+        if name.startswith("reward_part_")
+    }
     for name, label in (ROWS | parts).items():
         if name in metrics[0]:
             table.add_row(label, _mean(metrics[:width], name), _mean(metrics[-width:], name))

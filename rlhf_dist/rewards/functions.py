@@ -29,7 +29,9 @@ def load_function(path: str) -> RewardFunction:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ConfigError(f"reward function {path!r}: module {module_name!r} has no function {function_name!r}")
+        raise ConfigError(
+            f"reward function {path!r}: module {module_name!r} has no function {function_name!r}"
+        )
     return function
 
 
@@ -65,12 +67,16 @@ def check_scores(what: str, scores: Any, num_samples: int) -> list[float]:
     try:
         numbers = [float(score) for score in scores]
     except (TypeError, ValueError) as error:
-        raise RewardError(f"{what} must return a list of numbers, one a sample; it returned {scores!r}") from error
+        raise RewardError(
+            f"{what} must return a list of numbers, one a sample; it returned {scores!r}"
+        ) from error
     if len(numbers) != num_samples:
         raise RewardError(f"{what} returned {len(numbers)} scores for {num_samples} samples")
     for index, number in enumerate(numbers):
         if not math.isfinite(number):
-            raise RewardError(f"{what} returned {number} for sample {index} of its batch; scores must be finite")
+            raise RewardError(
+                f"{what} returned {number} for sample {index} of its batch; scores must be finite"
+            )
     return numbers
 
 
