@@ -69,8 +69,9 @@ def train(
             print_plan(settings, console)
             return
         from rlhf_dist.driver.run import run
+        from rlhf_dist.driver.run_folder import IfExists
 
-        if_exists = "resume" if resume else "overwrite" if overwrite else "refuse"
+        if_exists: IfExists = "resume" if resume else "overwrite" if overwrite else "refuse"
         run(settings, address=address, if_exists=if_exists, console=console, verbose=verbose)
 
 

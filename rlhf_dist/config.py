@@ -137,7 +137,7 @@ class Config(Section):
             )
         if self.rollout.sampling.temperature == 0:
             raise ValueError(
-                "rollout.sampling.temperature=0 always gives the same response, so there is nothing to learn from"
+                "rollout.sampling.temperature=0 always gives the same response: nothing to learn from"
             )
         return self
 

@@ -148,7 +148,7 @@ class Recipe:
             num_tokens=micro.num_tokens,
             num_sequences=micro.num_sequences,
         )
-        return self.settings.value_coef * loss, stats
+        return self.settings.value_coef * loss, {"clip_fraction": stats["clip_fraction"]}
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl_controller": self._controller.state_dict() if self._controller is not None else None}

@@ -1,1 +1,1 @@
-"""The Ray actors, where they are placed, and how they are called. Each actor is a thin shell over an engine."""
+"""The Ray actors, each a thin shell over an engine; where they are placed, and how they are called."""

@@ -95,8 +95,8 @@ def check_fits(shares: list[RoleShare], resources: dict[str, float]) -> None:
                 if amount_of(share) > 0
             )
             raise ResourceError(
-                f"the run needs {asked:g} {resource}s ({roles}), the cluster has {there:g}; lower num_workers or "
-                f"{resource.lower()}s_per_worker of a role, or join a larger cluster with --address"
+                f"the run needs {asked:g} {resource}s ({roles}), the cluster has {there:g}; lower num_workers "
+                f"or {resource.lower()}s_per_worker of a role, or join a larger cluster with --address"
             )
 
 
@@ -112,7 +112,7 @@ def reserve(share: RoleShare, *, timeout_s: float) -> PlacementGroup:
         remove_placement_group(group)
         free = {name: ray.available_resources().get(name, 0.0) for name in bundle}
         raise ResourceError(
-            f"{share.num_workers} {share.role} workers of {bundle} each found no room within {timeout_s:g} s; "
+            f"{share.num_workers} {share.role} workers of {bundle} each found no room in {timeout_s:g} s; "
             f"free in the cluster: {free}; other jobs hold the rest, or no single node has room for a worker"
         )
     return group

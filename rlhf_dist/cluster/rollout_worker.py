@@ -51,7 +51,7 @@ class RolloutWorker:
     def generate(
         self, prompts: Sequence[tuple[int, int]], temperature: float
     ) -> Iterator[int | pa.RecordBatch]:
-        """Responses to prompts, in batches as they finish: by turns a batch's number of samples and the batch.
+        """Responses to prompts as they finish: by turns a batch's number of samples and the batch itself.
 
         The driver reads the numbers; the batches it only passes on.
 

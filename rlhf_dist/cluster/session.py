@@ -25,8 +25,8 @@ def ray_session(address: str | None, *, show_worker_output: bool) -> Iterator[No
         ray.init(address=target, logging_level=logging.ERROR, log_to_driver=show_worker_output, **local_only)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
-            f"no Ray cluster could be joined at {target!r}: {str(error).strip().splitlines()[0]}; start one with "
-            "`ray start --head`, or leave out --address and RAY_ADDRESS for a local instance"
+            f"no Ray cluster could be joined at {target!r}: {str(error).strip().splitlines()[0]}; start one "
+            "with `ray start --head`, or leave out --address and RAY_ADDRESS for a local instance"
         ) from error
     try:
         yield

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from rich.console import Console
 
+from rlhf_dist.cluster.calls import wait_for_all
 from rlhf_dist.cluster.experience_queue import QueueClient
 from rlhf_dist.cluster.learner_group import LearnerGroup
 from rlhf_dist.cluster.placement import RoleShare, check_fits
@@ -18,7 +19,6 @@ from rlhf_dist.cluster.rollout_pool import RolloutPool
 from rlhf_dist.cluster.scoring_pool import ScoringPool
 from rlhf_dist.cluster.session import cpus_of_smallest_node, ray_session
 from rlhf_dist.config import Config, to_yaml
-from rlhf_dist.cluster.calls import wait_for_all
 from rlhf_dist.data.prompts import PromptOrder
 from rlhf_dist.driver.checkpoint import RunState, list_checkpoints, read_state, save_checkpoint
 from rlhf_dist.driver.loop import Roles, publish, train

@@ -19,7 +19,7 @@ GATHER_BUCKET_ELEMENTS = 64 * 1024 * 1024
 
 
 class DeepSpeedEngine:
-    """A module, its optimizer and its schedule. Every rank of the group makes the same calls in the same order."""
+    """A module, its optimizer and its schedule. Every rank makes the same calls in the same order."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class DeepSpeedEngine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate gradients. DeepSpeed averages over the ranks, so scale a sum over ranks by their number."""
+        """Accumulate gradients. DeepSpeed averages over ranks: scale a sum over ranks by their number."""
         self._engine.backward(loss)
 
     def step(self) -> float:

@@ -24,9 +24,9 @@ from rlhf_dist.engines.collectives import GroupMetrics, sum_over_ranks
 from rlhf_dist.engines.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.engines.export import export_causal_lm
 from rlhf_dist.engines.policy_model import PolicyModel
+from rlhf_dist.engines.scalar_model import ValueModel
 from rlhf_dist.engines.settings import LearnerSettings
 from rlhf_dist.engines.step_metrics import sample_metrics, token_metrics
-from rlhf_dist.engines.scalar_model import ValueModel
 from rlhf_dist.experience.samples import Samples, SequenceBatch
 from rlhf_dist.types import Probe, WeightManifest, WeightPayload
 from rlhf_dist.weights.snapshot import take_snapshot
@@ -205,7 +205,7 @@ class Learner:
 
 
 def _named(model: str, loss: torch.Tensor, stats: Stats, micro: MicroBatch) -> Stats:
-    """Metrics of one piece. Its loss is a share of the minibatch's; as a mean over its own tokens it is larger."""
+    """Metrics of one piece; its share of the minibatch's loss becomes a mean over its own tokens."""
     share = micro.mask.sum().clamp(min=1) / micro.num_tokens
     return {f"{model}_{name}": value for name, value in stats.items()} | {
         f"{model}_loss": loss.detach() / share

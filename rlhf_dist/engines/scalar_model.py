@@ -26,8 +26,8 @@ class ScalarModel(nn.Module):
             classifier = load_model(AutoModelForSequenceClassification, model, dtype=dtype, role=role)
             if classifier.config.num_labels != 1:
                 raise ModelError(
-                    f"{role} model {model!r} has {classifier.config.num_labels} labels; a score is one number, "
-                    "so it must have num_labels=1"
+                    f"{role} model {model!r} has {classifier.config.num_labels} labels; a score is one "
+                    "number, so it must have num_labels=1"
                 )
             self.backbone = getattr(classifier, classifier.base_model_prefix)
             head_weight = classifier.score.weight.detach()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,11 +66,14 @@ class ScorerEngine:
             RewardError: a reward did not give one finite number a sample.
         """
         parts = {label: part.score(rollouts) for label, part in self._parts.items()}
+        ref_logprobs = None
+        if self._reference is not None:
+            ref_logprobs = self._reference.logprobs(rollouts, temperature)
         return scored_batch(
             rollouts,
             rewards=weighted_sum(parts, self._weights, rollouts.num_rows),
             reward_parts=parts,
-            ref_logprobs=self._reference and self._reference.logprobs(rollouts, temperature),
+            ref_logprobs=ref_logprobs,
         )
 
 
@@ -167,7 +171,7 @@ _NO_TOKENS = np.empty(0, np.int32)
 def _lists(column: pa.ListArray) -> list[np.ndarray]:
     """The rows of a list column, sharing its memory."""
     values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
-    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[start:end] for start, end in pairwise(offsets)]
 
 
 def _speak_the_same(one: Any, other: Any) -> bool:

@@ -120,7 +120,8 @@ class LearnerSettings(WorkerSettings):
     num_workers: int = Field(default=2, ge=1, le=4096)
     """Ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed partitions over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    """What DeepSpeed partitions over the ranks: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also
+    parameters."""
     policy_optimizer: OptimizerSettings = OptimizerSettings()
     """Of the policy."""
     value_optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-5)

@@ -165,6 +165,13 @@ def test_minibatches_are_the_same_for_any_number_of_ranks(
         assert [samples_of(ranks) for ranks in one] == [samples_of(ranks) for ranks in many]
 
 
+@given(LENGTHS, st.integers(1, 5))
+def test_a_single_minibatch_is_laid_out_as_the_forward_pass(lengths: list[int], num_ranks: int) -> None:
+    """Then old and new log-probabilities come from the same padded batches, and first ratios are 1."""
+    result = plan(lengths, num_ranks=num_ranks)
+    assert result.epochs == [[result.forward], [result.forward]]
+
+
 def test_epochs_and_seeds_shuffle_differently_and_repeatably() -> None:
     lengths = list(range(1, 33))
     first = plan(lengths, num_minibatches=4)
