@@ -5,7 +5,6 @@ What is wrong with the user's input is found here, in seconds, and not minutes l
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from rlhf_dist.algorithms import make_algorithm
 from rlhf_dist.cluster.placement import RoleShare, share_out
 from rlhf_dist.config import Config
 from rlhf_dist.data.prompts import PromptSet, load_prompts
-from rlhf_dist.data.sources import TASK_PREFIX, TASKS_PACKAGE
+from rlhf_dist.data.sources import TASK_PREFIX, task_function
 from rlhf_dist.driver.run_folder import RunFolder
 from rlhf_dist.engines.loading import check_checkpoint, context_limit, load_tokenizer
 from rlhf_dist.errors import ConfigError
@@ -48,10 +47,7 @@ def initial_policy(config: Config, folder: RunFolder) -> str:
     if not model.startswith(TASK_PREFIX):
         return model
     if not (folder.initial_policy / "config.json").exists():
-        name = model.removeprefix(TASK_PREFIX).replace("-", "_")
-        importlib.import_module(f"{TASKS_PACKAGE}.{name}").make_policy(
-            folder.initial_policy, seed=config.run.seed
-        )
+        task_function(model, "make_policy")(folder.initial_policy, seed=config.run.seed)
     return str(folder.initial_policy)
 
 

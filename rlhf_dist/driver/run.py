@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import ray
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf_dist.cluster.calls import wait_for_all
 from rlhf_dist.cluster.experience_queue import QueueClient
@@ -42,6 +43,7 @@ def run(config: Config, *, address: str | None, if_exists: IfExists, console: Co
         RunError: with one clear message.
     """
     started = time.monotonic()
+    disable_progress_bar()
     folder = RunFolder(config.run.dir.absolute())
     with folder.owned(if_exists), Progress(console, num_steps=config.run.num_steps) as progress:
         write_atomically(folder.config, to_yaml(config))

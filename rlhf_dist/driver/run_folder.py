@@ -82,10 +82,14 @@ class RunFolder:
             self._settle(if_exists)
             yield
 
+    def holds_run(self) -> bool:
+        """Whether a run got as far as a learner step here."""
+        return self.checkpoints.exists() or bool(self.metrics.exists() and self.metrics.stat().st_size)
+
     def _settle(self, if_exists: IfExists) -> None:
-        if if_exists == "resume" or not self.config.exists():
+        if if_exists == "resume":
             return
-        if if_exists == "refuse":
+        if if_exists == "refuse" and self.holds_run():
             raise ConfigError(
                 f"run folder {self.root} already holds a run; pass --resume to go on with it, "
                 "--overwrite to delete it, or set run.dir"

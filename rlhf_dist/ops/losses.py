@@ -42,7 +42,7 @@ def aggregate(
 ) -> Tensor:
     """One number from a loss a token. With N = `num_tokens`, S = `num_sequences`, n_i = sum_t k_it:
 
-        token_mean               sum_it k L / N                (Yu et al. 2025, arXiv:2503.14476, eq. 8)
+        token_mean               sum_it k L / N                (Yu et al. 2025, arXiv:2503.14476, sec. 3.3)
         seq_mean_token_sum       sum_i (sum_t k L) / S
         seq_mean_token_mean      sum_i (sum_t k L / n_i) / S   (Shao et al. 2024, arXiv:2402.03300, eq. 3)
         seq_mean_token_sum_norm  sum_i (sum_t k L) / (S scale) (Liu et al. 2025, arXiv:2503.20783, sec. 3.2)
@@ -96,7 +96,7 @@ def policy_loss(
 
         r_t = exp(logprobs - old_logprobs)
         L_t = -min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)
-        L_t = min(L_t, -dual_clip A_t) where A_t < 0   (Ye et al. 2020, arXiv:1912.09729, eq. 5)
+        L_t = min(L_t, -dual_clip A_t) where A_t < 0   (Ye et al. 2020, arXiv:1912.09729, dual-clip PPO)
 
     The log-ratio is clamped to +-20, with gradient 0 outside, so that no ratio overflows. Where
     old_logprobs equals logprobs, the gradient is that of REINFORCE, -A_t.
@@ -188,7 +188,8 @@ def value_loss(
     num_sequences: Count = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Squared error of the values, clipped around the old ones (Schulman et al. 2016, in OpenAI baselines).
+    """Squared error of the values, clipped around the old ones (OpenAI Baselines; Engstrom et al. 2020,
+    arXiv:2005.12729, sec. 3).
 
         L_t = max((V_t - R_t)^2, (clip(V_t, V_old - clip, V_old + clip) - R_t)^2) / 2
 

@@ -102,7 +102,7 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, kind: str) -> Tensor:
     With g the size of the group, m its mean, sd its standard deviation (Bessel):
 
         rloo                A = (s - m) g / (g - 1), s minus the mean of the others
-                            (Ahmadian et al. 2024, arXiv:2402.14740, eq. 7)
+                            (Ahmadian et al. 2024, arXiv:2402.14740)
         grpo                A = (s - m) / (sd + 1e-6)   (Shao et al. 2024, arXiv:2402.03300, sec. 4.1.2)
         dr_grpo             A = s - m                   (Liu et al. 2025, arXiv:2503.20783, sec. 3.2)
         reinforce_baseline  A = s - m, which the caller spreads over the tokens and whitens over the

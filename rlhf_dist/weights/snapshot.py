@@ -71,7 +71,7 @@ def _raw_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _digest(raw: np.ndarray) -> str:
-    return xxhash.xxh3_128_hexdigest(memoryview(raw))
+    return xxhash.xxh3_128_hexdigest(raw.data)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -319,6 +319,13 @@ def test_dual_clip_caps_the_loss_of_a_bad_token() -> None:
     assert stats["dual_clip_fraction"] == 1
 
 
+@pytest.mark.parametrize("log_ratio", [-LN2, 0.0, LN2])
+def test_dual_clip_leaves_good_tokens_alone(log_ratio: float) -> None:
+    loss, slope, stats = ppo(log_ratio, 1.0, dual_clip=1.1)
+    assert (loss, slope) == ppo(log_ratio, 1.0)[:2]
+    assert stats["dual_clip_fraction"] == 0
+
+
 @pytest.mark.parametrize("log_ratio", [-INF, -1e4, -50.0, 50.0, 1e4, INF])
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
 def test_extreme_ratios_stay_finite_without_gradient(log_ratio: float, advantage: float) -> None:
