@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlhf_dist.engines.loading import load_model
-from rlhf_dist.ops.logprobs import entropy_from_logits, logprobs_from_logits
+from rlhf_dist.ops.logprobs import logprobs_and_entropy, logprobs_from_logits
 
 
 class PolicyModel(nn.Module):
@@ -46,12 +46,14 @@ class PolicyModel(nn.Module):
         ).logits  # (B, K, V): position p predicts token p + 1
         labels = input_ids[:, positions + 1]
         start = response_start - 1 - first
-        logprobs = logprobs_from_logits(logits, labels, temperature)
-        aligned = align_responses(logprobs, start, response_length)
         if not with_entropy:
-            return aligned, None
-        entropy = entropy_from_logits(logits, temperature)
-        return aligned, align_responses(entropy, start, response_length)
+            logprobs = logprobs_from_logits(logits, labels, temperature)
+            return align_responses(logprobs, start, response_length), None
+        logprobs, entropy = logprobs_and_entropy(logits, labels, temperature)
+        return (
+            align_responses(logprobs, start, response_length),
+            align_responses(entropy, start, response_length),
+        )
 
 
 def align_responses(per_position: torch.Tensor, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,7 @@ class AdaptiveKLController:
         self.horizon = float(horizon)
 
     def update(self, kl: float, n_samples: int) -> None:
-        """Takes in the mean KL of `n_samples` new samples; a KL that is not finite raises ValueError."""
+        """Takes in the mean KL of `n_samples` new samples; raises ValueError for NaN."""
         error = min(max(float(kl) / self.target - 1.0, -0.2), 0.2)
         if error != error:
             raise ValueError(f"expected a KL that is a number, received {kl=}")

@@ -2,7 +2,7 @@
 
 The logits of a long batch are the largest tensor of a training step. Here they are read a chunk of rows at
 a time, forward and backward: beside the logits and their gradient, which keep their dtype, at most
-`CHUNK_BYTES` are in use at once, or two float32 rows of V where those are larger.
+`CHUNK_BYTES` are in use at once, or `BUFFERS` float32 rows of V where those are larger.
 
 The token shift of a causal model happens here and nowhere else: `next_tokens` before, `align_to_tokens`
 after.
@@ -22,8 +22,8 @@ from rlhf_dist.ops.masked import upcast
 CHUNK_BYTES = 64 * 2**20
 """Working memory for logits in float32, forward or backward."""
 
-BUFFERS = 2
-"""Tensors of a chunk's size that are alive at once."""
+BUFFERS = 3
+"""Tensors of a chunk's size alive at once: two to work in, one where the layout needs a copy."""
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -111,13 +111,9 @@ class _TokenStatistics(torch.autograd.Function):
         logprobs, entropy = logits.new_empty(2, shape.numel(), dtype=_work_dtype(logits)).unbind()
         labels = labels.reshape(-1, 1).long() if labels is not None else None
         for rows, x in _chunks(logits):
-            log_p = _log_softmax(x, temperature)  # (rows, V)
-            if labels is not None:
-                logprobs[rows] = log_p.gather(-1, labels[rows]).squeeze(-1)
-            if with_entropy:
-                _finite(log_p)
-                entropy[rows] = log_p.exp().mul_(log_p).sum(-1).neg_()
-        ctx.save_for_backward(logits, labels, entropy if with_entropy else None)
+            label = labels[rows] if labels is not None else None
+            _statistics(x, label, temperature, logprobs[rows], entropy[rows] if with_entropy else None)
+        ctx.save_for_backward(logits, labels, entropy.unsqueeze(-1) if with_entropy else None)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         return (
@@ -135,23 +131,52 @@ class _TokenStatistics(torch.autograd.Function):
         grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
         grad_rows = grad_logits.view(-1, logits.shape[-1])
         for rows, x in _chunks(logits):
-            silent = torch.ones(len(x), 1, dtype=torch.bool, device=x.device)
-            work = _log_softmax(x, ctx.temperature)  # (rows, V), log p
-            if grad_entropy is not None:
-                p = work.exp()
-                _finite(work).add_(entropy[rows].unsqueeze(-1)).mul_(p).mul_(-grad_entropy[rows])
-                silent &= grad_entropy[rows] == 0
-                if grad_logprobs is not None:
-                    work.addcmul_(p, grad_logprobs[rows], value=-1)
-            elif grad_logprobs is not None:
-                work.exp_().mul_(-grad_logprobs[rows])
-            if grad_logprobs is not None:
-                work.scatter_add_(-1, labels[rows], grad_logprobs[rows])
-                silent &= grad_logprobs[rows] == 0
-            if ctx.temperature != 1.0:
-                work.div_(ctx.temperature)
-            grad_rows[rows] = work.masked_fill_(silent, 0.0)
+            grad_rows[rows] = _gradient(
+                x,
+                ctx.temperature,
+                (labels[rows], grad_logprobs[rows]) if grad_logprobs is not None else None,
+                (entropy[rows], grad_entropy[rows]) if grad_entropy is not None else None,
+            )
         return grad_logits, None, None, None
+
+
+def _statistics(
+    x: Tensor, label: Tensor | None, temperature: float, logprobs: Tensor, entropy: Tensor | None
+) -> None:
+    """Writes the log-probabilities and entropies of a chunk of rows; its buffers die with the call."""
+    log_p = _log_softmax(x, temperature)  # (rows, V)
+    if label is not None:
+        logprobs.copy_(log_p.gather(-1, label).squeeze(-1))
+    if entropy is not None:
+        _finite(log_p)
+        entropy.copy_(log_p.exp().mul_(log_p).sum(-1).neg_())
+
+
+def _gradient(
+    x: Tensor,
+    temperature: float,
+    of_logprobs: tuple[Tensor, Tensor] | None,
+    of_entropy: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Gradient of a chunk of logits, from (label, upstream gradient) and (entropy, upstream gradient)."""
+    work = _log_softmax(x, temperature)  # (rows, V), log p
+    silent = torch.ones_like(work[:, :1], dtype=torch.bool)
+    if of_entropy is not None:
+        entropy, upstream = of_entropy
+        p = work.exp()
+        _finite(work).add_(entropy).mul_(p).mul_(-upstream)
+        silent &= upstream == 0
+        if of_logprobs is not None:
+            work.addcmul_(p, of_logprobs[1], value=-1)
+    elif of_logprobs is not None:
+        work.exp_().mul_(-of_logprobs[1])
+    if of_logprobs is not None:
+        label, upstream = of_logprobs
+        work.scatter_add_(-1, label, upstream)
+        silent &= upstream == 0
+    if temperature != 1.0:
+        work.div_(temperature)
+    return work.masked_fill_(silent, 0.0)
 
 
 def _log_softmax(x: Tensor, temperature: float) -> Tensor:

@@ -341,7 +341,7 @@ def rejection_mask(
 def mismatch_stats(train_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Stats:
     """How far the rollout engine's log-probabilities are from the trainer's, over tokens it sampled.
 
-    With d = train_logprobs - rollout_logprobs and rho = exp(d), d clamped to +-20 (k stands for the mask):
+    With d = train_logprobs - rollout_logprobs and rho = exp(d), d clamped to +-20:
 
         kl         mean(-d)               k1 of KL(rollout || train)
         kl_k3      mean(rho - 1 - d)      k3 of it

@@ -70,7 +70,7 @@ QUESTIONS = {
         "What is the price of a {article}?",
     ),
     "hours": (
-        "When can I pick up my {article}?",
+        "When can I collect my {article}?",
         "Are you open if I come for the {article}?",
         "What are your hours? I want to see the {article}.",
     ),
@@ -82,7 +82,7 @@ ANSWERS = {
     "refund": ("We will refund {article}.", "You will get your money back for {article}."),
     "cancel": ("We have cancelled {article}.", "The order for {article} is cancelled."),
     "price": ("{article} costs ten pounds.", "The price of {article} is ten pounds."),
-    "hours": ("You can pick up {article} from nine to five.", "We are open until six for {article}."),
+    "hours": ("You can collect {article} from nine to five.", "We are open until six for {article}."),
 }
 """Sentences that answer a matter; `{article}` stands for "your red lamp", or "it" where none is named."""
 
@@ -96,9 +96,9 @@ ANSWER_MARKS = {
 }
 """What shows in lower case that a reply answers a matter."""
 
-OPENINGS = ("Hello!", "Thank you for writing.", "We are sorry.")
+OPENINGS = ("Hello!", "Good morning!", "Thank you for writing.")
 CLOSINGS = ("Thank you for your patience.", "Have a nice day.")
-COURTESY_MARKS = ("hello", "thank you", "we are sorry", "have a nice day")
+COURTESY_MARKS = ("hello", "good morning", "thank you", "have a nice day")
 
 VAGUE_SENTENCES = ("We will look into it.", "Someone will answer you soon.", "Please wait a little.")
 RUDE_SENTENCES = ("Not our problem.", "So what?", "Read the manual.", "Stop asking.", "You again?")
@@ -120,6 +120,8 @@ NUM_DEMONSTRATIONS = {"train": 2400, "test": 240}
 HELD_OUT_EVERY = 6
 """One combination of article and matter in this many belongs to the test split."""
 MAX_SENTENCES = 3
+RUN_LENGTH = 4
+"""A reply that has the same run of this many words twice repeats itself."""
 
 _NUM_POSITIONS = 256
 _SENTENCE = re.compile(r"[^.!?]+[.!?]")
@@ -248,8 +250,8 @@ def _is_acceptable(response: str, sentences: list[str]) -> bool:
     if not 1 <= len(sentences) <= MAX_SENTENCES:
         return False
     spoken = [tuple(_words(sentence)) for sentence in sentences]
-    triples = [words[i : i + 3] for words in spoken for i in range(len(words) - 2)]
-    if len(set(spoken)) < len(spoken) or len(set(triples)) < len(triples):
+    runs = [words[i : i + RUN_LENGTH] for words in spoken for i in range(len(words) - RUN_LENGTH + 1)]
+    if len(set(spoken)) < len(spoken) or len(set(runs)) < len(runs):
         return False
     return all(pair in _known_pairs() for words in spoken for pair in _pairs(words))
 
@@ -268,7 +270,7 @@ def _answers_only(text: str, matter: str) -> bool:
 
 
 def _is_courteous(text: str) -> bool:
-    """Whether the reply greets, thanks, or says sorry, and has nothing rude."""
+    """Whether the reply greets or thanks, and has nothing rude."""
     return _contains_any(text, COURTESY_MARKS) and not _contains_any(text, RUDE_MARKS)
 
 

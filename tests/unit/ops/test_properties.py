@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_dist.ops import logprobs as logprobs_module
 from rlhf_dist.ops.kl import KL_KINDS, AdaptiveKLController, kl_estimate
@@ -143,7 +145,10 @@ def test_k3_is_never_negative(logprob: float, ref: float, dtype: torch.dtype) ->
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(0, 10), st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 10**6)), max_size=8))
+@given(
+    st.just(0.0) | st.floats(1e-9, 10.0),
+    st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 10**6)), max_size=8),
+)
 def test_controller_moves_the_right_way_and_stays_in_bounds(
     init: float, steps: list[tuple[float, int]]
 ) -> None:
@@ -365,15 +370,20 @@ def test_gradient_of_a_global_mean_is_each_ranks_own_share() -> None:
 # ------------------------------------------------------------------------------------------------ chunks
 
 
-class LargestFloat32(torch.utils._python_dispatch.TorchDispatchMode):
-    """Remembers the largest float32 tensor that an operation makes."""
+class PeakFloat32(TorchDispatchMode):
+    """The most bytes that float32 tensors made inside have held at once."""
 
-    numel = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self.alive = 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.dtype == torch.float32:
-            self.numel = max(self.numel, out.numel())
+            storage = out.untyped_storage()
+            self.alive = {ref: size for ref, size in self.alive.items() if not ref.expired()}
+            self.alive[StorageWeakRef(storage)] = storage.nbytes()
+            self.peak = max(self.peak, sum(self.alive.values()))
         return out
 
 
@@ -382,15 +392,18 @@ class LargestFloat32(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_float32_copy_of_the_logits(
     view: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vocab, rows_in_chunk = 32, 3
-    monkeypatch.setattr(logprobs_module, "CHUNK_BYTES", 2 * 4 * vocab * rows_in_chunk)
+    vocab, rows_in_chunk = 512, 3
+    chunk_bytes = logprobs_module.BUFFERS * 4 * vocab * rows_in_chunk
+    monkeypatch.setattr(logprobs_module, "CHUNK_BYTES", chunk_bytes)
     leaf = torch.randn(5, 9, vocab, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     logits = {"contiguous": leaf, "sliced": leaf[:, 1:], "transposed": leaf.transpose(0, 1)}[view]
     labels = torch.arange(logits.shape[:-1].numel()).reshape(logits.shape[:-1]) % vocab
-    with LargestFloat32() as largest:
+    with PeakFloat32() as float32:
         logprobs, entropy = logprobs_and_entropy(logits, labels, temperature)
         (logprobs.sum() + entropy.square().sum()).backward()
-    assert largest.numel <= rows_in_chunk * vocab
+    one_a_token = 4 * labels.numel()
+    assert 0 < float32.peak <= chunk_bytes + 10 * one_a_token
+    assert chunk_bytes + 10 * one_a_token < 4 * logits.numel() / 4
     gradient, leaf.grad = leaf.grad, None
 
     log_p = (logits.float() / temperature).log_softmax(-1)

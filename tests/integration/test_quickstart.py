@@ -1,0 +1,117 @@
+"""The main job, as the README's first command runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+FIRST_REWARD_AT_MOST = 0.6
+LAST_REWARD_AT_LEAST = 0.8
+"""The quickstart's promise: the mean reward of the last five steps, over the first step's."""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_reward_clearly_rises(quickstart, seed):
+    run = quickstart(seed)
+    assert run.returncode == 0, run.output
+    rewards = [step["reward_mean"] for step in run.metrics]
+    assert len(rewards) == 40
+    assert rewards[0] < FIRST_REWARD_AT_MOST
+    assert sum(rewards[-5:]) / 5 >= LAST_REWARD_AT_LEAST
+
+
+def test_every_step_reports_what_a_person_watches(quickstart):
+    for number, step in enumerate(quickstart(0).metrics):
+        assert step["step"] == number
+        assert step["policy_version"] == number + 1
+        assert step["oldest_policy_version"] == number, "synchronous training samples from the newest weights"
+        for name in (
+            "reward_mean",
+            "kl_ref",
+            "kl_ref_response",
+            "entropy",
+            "policy_loss",
+            "value_loss",
+            "policy_clip_fraction",
+            "explained_variance",
+            "response_tokens_mean",
+            "tokens_per_s",
+            "seconds_rollout",
+            "seconds_scoring",
+            "seconds_learning",
+            "seconds_weights",
+        ):
+            assert isinstance(step[name], float), name
+
+
+def test_engine_and_learner_agree_after_every_update(quickstart):
+    """The probe after each of the 40 updates, and every sampled token of every step."""
+    steps = quickstart(0).metrics
+    assert max(step["probe_difference_max"] for step in steps) <= 1e-4
+    assert max(step["rollout_learner_gap_max"] for step in steps) <= 1e-4
+    assert max(step["policy_ratio_max"] for step in steps) > 1.01, "the weights did change"
+
+
+def test_run_folder_has_everything(quickstart):
+    run = quickstart(0)
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert config["learner"]["zero_stage"] == 2
+    assert config["algorithm"]["gamma"] == 1.0, "defaults are written out"
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
+        "step-000020",
+        "step-000040",
+    ]
+    answers = json.loads((run.folder / "answers.json").read_text())
+    assert len(answers["prompts"]) == len(answers["before"]) == len(answers["after"]) == 3
+    assert answers["before"] != answers["after"]
+
+
+def test_output_shows_table_and_answers(quickstart):
+    output = quickstart(0).output
+    assert "first 5" in output
+    assert "last 5" in output
+    for label in ("prompt", "before", "after"):
+        assert sum(line.startswith(label) for line in output.splitlines()) == 3
+    assert "Traceback" not in output
+
+
+GREEDY = """
+import json, os, sys
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind",
+                  TORCH_COMPILE_DISABLE="1", OMP_NUM_THREADS="1", VLLM_CPU_KVCACHE_SPACE="1")
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+tokens = [tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True,
+                                        return_dict=False) for p in prompts]
+plain = [model.generate(torch.tensor([t]), max_new_tokens=24, do_sample=False)[0, len(t):].tolist() for t in tokens]
+from vllm import LLM, SamplingParams, TokensPrompt
+engine = LLM(folder, dtype="float32", enforce_eager=True)
+outputs = engine.generate([TokensPrompt(prompt_token_ids=t) for t in tokens],
+                          SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
+served = [list(output.outputs[0].token_ids) for output in outputs]
+print("RESULT" + json.dumps([plain, served, [tokenizer.decode(t, skip_special_tokens=True) for t in plain]]))
+"""
+
+
+def test_exported_policy_gives_the_same_greedy_tokens_in_transformers_and_vllm(quickstart):
+    folder = quickstart(0).folder
+    answers = json.loads((folder / "answers.json").read_text())
+    result = subprocess.run(
+        [sys.executable, "-c", GREEDY, str(folder / "policy"), json.dumps(answers["prompts"])],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    plain, served, texts = json.loads(line.removeprefix("RESULT"))
+    assert plain == served
+    assert texts == answers["after"], "what the run showed is what the folder gives"
