@@ -95,8 +95,9 @@ def check_fits(shares: list[RoleShare], resources: dict[str, float]) -> None:
                 if amount_of(share) > 0
             )
             raise ResourceError(
-                f"the run needs {asked:g} {resource}s ({roles}), the cluster has {there:g}; lower "
-                f"num_workers or {resource.lower()}s_per_worker of a role, or join a larger cluster (--address)"
+                f"the run needs {asked:g} {resource}s ({roles}), the cluster has {there:g}; "
+                f"lower num_workers or {resource.lower()}s_per_worker of a role, or join a larger cluster "
+                "(--address)"
             )
 
 
