@@ -4,13 +4,12 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-export PYTHON TORCH_INDEX_URL PIP_FLAGS
 
 override VENV := .venv
-export VENV
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 PIP_FLAGS ?= --quiet
+export PYTHON TORCH_INDEX_URL PIP_FLAGS VENV
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
@@ -18,6 +17,7 @@ ARGS ?=
 
 .PHONY: install
 install: $(READY) ## Make .venv with everything pinned (two minutes once, then instant)
+	@echo "$(VENV) is ready; next: make quickstart"
 
 $(READY): requirements/cpu.txt requirements/torch.txt pyproject.toml
 	@scripts/install.sh

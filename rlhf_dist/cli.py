@@ -88,6 +88,8 @@ class _errors_for_people:  # noqa: N801  a context manager, used like a function
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, KeyboardInterrupt):
             self._end("interrupted; continue from the last checkpoint with --resume", INTERRUPTED)
+        if isinstance(error, SystemExit) and error.code == TERMINATED:
+            self._end("terminated; continue from the last checkpoint with --resume", TERMINATED)
         if isinstance(error, RunError) and not self._verbose:
             self._end(f"error: {error}", error.exit_code)
 

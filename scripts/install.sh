@@ -70,12 +70,12 @@ say "1/3 the pinned packages ($(grep -c '==' requirements/cpu.txt) of them, a mi
 pip_install --no-deps -r requirements/cpu.txt
 
 # After the list, so that torch's own requirements are there at the pinned versions, and with its
-# dependencies, because a CUDA build needs its libraries.
+# dependencies, because a CUDA build needs its libraries. The conflicts that pip would warn of are the
+# packages that the list leaves out.
 say "2/3 $(grep '==' requirements/torch.txt)${TORCH_INDEX_URL:+ from $TORCH_INDEX_URL}"
-pip_install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r requirements/torch.txt
+pip_install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} --no-warn-conflicts -r requirements/torch.txt
 
 say "3/3 rlhf-dist itself"
 pip_install --no-deps --no-build-isolation --editable .
 
 touch "$VENV/.installed"
-say "ready: $VENV/bin/rlhf-dist --help"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,7 @@ def ray_session(address: str | None, *, show_worker_output: bool) -> Iterator[No
     """
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     local_only = {"include_dashboard": False} if target == "local" else {}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=target, logging_level=logging.ERROR, log_to_driver=show_worker_output, **local_only)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -28,6 +30,7 @@ def ray_session(address: str | None, *, show_worker_output: bool) -> Iterator[No
             f"no Ray cluster could be joined at {target!r}: {str(error).strip().splitlines()[0]}; start one "
             "with `ray start --head`, or leave out --address and RAY_ADDRESS for a local instance"
         ) from error
+    signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own in place
     try:
         yield
     finally:

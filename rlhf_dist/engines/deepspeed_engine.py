@@ -50,6 +50,11 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
 
+        self._plain_norm: torch.Tensor | None = None
+        if settings.zero_stage == 0 and dtype == torch.float32:
+            # Plain data parallelism: DeepSpeed clips, but does not tell the norm.
+            self._engine.clip_fp32_gradients = self._clip_plain_gradients
+
     @property
     def module(self) -> Any:
         """The wrapped module."""
@@ -71,7 +76,8 @@ class DeepSpeedEngine:
     def step(self) -> float:
         """Apply what was accumulated; returns the gradient's global norm before clipping."""
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = self._plain_norm if self._plain_norm is not None else self._engine.get_global_grad_norm()
+        return float(norm)
 
     @property
     def learning_rate(self) -> float:
@@ -91,6 +97,11 @@ class DeepSpeedEngine:
             with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
                 for name, parameter in bucket:
                     yield name, parameter.detach()
+
+    def _clip_plain_gradients(self) -> None:
+        self._plain_norm = nn.utils.clip_grad_norm_(
+            self._engine.module.parameters(), self._engine.gradient_clipping()
+        )
 
     def save(self, folder: Path, tag: str) -> None:
         """Write this rank's share of the parameters, optimizer and schedule. A collective."""

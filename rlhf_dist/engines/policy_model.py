@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from rlhf_dist.engines.loading import load_model
-from rlhf_dist.ops.logprobs import logprobs_and_entropy, logprobs_from_logits
+from rlhf_dist.ops.logprobs import logprobs_and_entropy, logprobs_from_logits, next_tokens
 
 
 class PolicyModel(nn.Module):
@@ -44,7 +44,7 @@ class PolicyModel(nn.Module):
         logits = self.lm(
             input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=positions
         ).logits  # (B, K, V): position p predicts token p + 1
-        labels = input_ids[:, positions + 1]
+        labels = next_tokens(input_ids)[:, positions]
         start = response_start - 1 - first
         if not with_entropy:
             logprobs = logprobs_from_logits(logits, labels, temperature)

@@ -4,8 +4,7 @@ The logits of a long batch are the largest tensor of a training step. Here they 
 a time, forward and backward: beside the logits and their gradient, which keep their dtype, at most
 `CHUNK_BYTES` are in use at once, or `BUFFERS` float32 rows of V where those are larger.
 
-The token shift of a causal model happens here and nowhere else: `next_tokens` before, `align_to_tokens`
-after.
+The token shift of a causal model happens here and nowhere else, in `next_tokens`.
 """
 
 from __future__ import annotations
@@ -81,17 +80,6 @@ def next_tokens(tokens: Tensor) -> Tensor:
         [B, S]. The last position has nothing to predict; it holds a valid token that counts for nothing.
     """
     return tokens.roll(-1, dims=-1)
-
-
-def align_to_tokens(per_position: Tensor) -> Tensor:
-    """Moves what position s says about token s + 1 (log-probability, entropy, value before it) to s + 1.
-
-    Args:
-        per_position: [B, S].
-    Returns:
-        [B, S], 0 for the first token, which nothing predicts.
-    """
-    return torch.cat([torch.zeros_like(per_position[..., :1]), per_position[..., :-1]], dim=-1)
 
 
 class _TokenStatistics(torch.autograd.Function):

@@ -124,7 +124,8 @@ RUN_LENGTH = 4
 """A reply that has the same run of this many words twice repeats itself."""
 
 _NUM_POSITIONS = 256
-_SENTENCE = re.compile(r"[^.!?]+[.!?]")
+_SENTENCE = re.compile(r"[A-Z][a-z]*(?:,? [A-Za-z]+)*[.!?]")
+_REPLY = re.compile(rf"{_SENTENCE.pattern}(?: {_SENTENCE.pattern})*")
 _WORD = re.compile(r"[a-z]+")
 
 
@@ -235,25 +236,27 @@ def _courteous(sentence: str, chance: random.Random) -> str:
 
 def _score(response: str, article: str, matter: str) -> float:
     """The share of the three virtues that an acceptable reply has; 0 for any other."""
-    sentences = [sentence.strip() for sentence in _SENTENCE.findall(response)]
-    if not _is_acceptable(response.strip(), sentences):
+    if not _is_acceptable(response):
         return 0.0
-    text = " ".join(sentences).lower()
+    text = response.lower()
     virtues = (_names_only(text, article), _answers_only(text, matter), _is_courteous(text))
     return sum(virtues) / len(virtues)
 
 
-def _is_acceptable(response: str, sentences: list[str]) -> bool:
+def _is_acceptable(response: str) -> bool:
     """Whether the reply is complete, short, without repetition and without babble."""
-    if "".join(response.split()) != "".join("".join(sentences).split()):
-        return False  # something stands after the last full stop: cut off
-    if not 1 <= len(sentences) <= MAX_SENTENCES:
+    if not _REPLY.fullmatch(response.strip()):
+        return False  # cut off, or not made of sentences
+    sentences = [tuple(_words(sentence)) for sentence in _SENTENCE.findall(response)]
+    if len(sentences) > MAX_SENTENCES or _repeats_itself(sentences):
         return False
-    spoken = [tuple(_words(sentence)) for sentence in sentences]
-    runs = [words[i : i + RUN_LENGTH] for words in spoken for i in range(len(words) - RUN_LENGTH + 1)]
-    if len(set(spoken)) < len(spoken) or len(set(runs)) < len(runs):
-        return False
-    return all(pair in _known_pairs() for words in spoken for pair in _pairs(words))
+    return all(pair in _known_pairs() for sentence in sentences for pair in _pairs(sentence))
+
+
+def _repeats_itself(sentences: list[tuple[str, ...]]) -> bool:
+    """Whether a sentence, or a run of `RUN_LENGTH` words within sentences, occurs twice."""
+    runs = [words[i : i + RUN_LENGTH] for words in sentences for i in range(len(words) - RUN_LENGTH + 1)]
+    return len(set(sentences)) < len(sentences) or len(set(runs)) < len(runs)
 
 
 def _names_only(text: str, article: str) -> bool:

@@ -50,7 +50,7 @@ class RunningCommand:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env=environment | {"RLHF_DIST_TEST_RUN": str(folder)},
+                env=environment,
                 start_new_session=True,
             )
 
@@ -73,14 +73,14 @@ class RunningCommand:
         self.process.send_signal(number)
 
     def processes(self) -> list[psutil.Process]:
-        """Every living process that carries this run's mark in its environment."""
+        """Every living process of the command's session."""
         found = []
         for process in psutil.process_iter():
             try:
-                marked = process.environ().get("RLHF_DIST_TEST_RUN") == str(self.folder)
-                if marked and process.status() != psutil.STATUS_ZOMBIE:
+                mine = os.getsid(process.pid) == self.process.pid
+                if mine and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
+            except (ProcessLookupError, psutil.NoSuchProcess):
                 continue
         return found
 

@@ -90,7 +90,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 tokens = [tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True,
                                         return_dict=False) for p in prompts]
-plain = [model.generate(torch.tensor([t]), max_new_tokens=24, do_sample=False)[0, len(t):].tolist() for t in tokens]
+plain = [model.generate(torch.tensor([t]), max_new_tokens=24, do_sample=False)[0, len(t):].tolist()
+         for t in tokens]
 from vllm import LLM, SamplingParams, TokensPrompt
 engine = LLM(folder, dtype="float32", enforce_eager=True)
 outputs = engine.generate([TokensPrompt(prompt_token_ids=t) for t in tokens],

@@ -10,7 +10,6 @@ from torch import Tensor, tensor
 
 from rlhf_dist.ops.kl import AdaptiveKLController, kl_estimate
 from rlhf_dist.ops.logprobs import (
-    align_to_tokens,
     entropy_from_logits,
     logprobs_and_entropy,
     logprobs_from_logits,
@@ -182,7 +181,6 @@ def test_half_precision_comes_back_as_float32() -> None:
 def test_token_shift() -> None:
     tokens = tensor([[7, 8, 9]])
     assert next_tokens(tokens)[:, :2].tolist() == [[8, 9]]
-    assert align_to_tokens(tensor([[1.0, 2.0, 3.0]])).tolist() == [[0.0, 1.0, 2.0]]
 
 
 def test_logprobs_refuse() -> None:

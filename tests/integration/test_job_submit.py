@@ -1,0 +1,119 @@
+"""The quickstart through `ray job submit`, on a cluster with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ORPHAN_DEADLINE_S, REPOSITORY
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A head node of its own: other ports, another temporary folder, another token."""
+    token = tmp_path / "token"
+    token.write_text("a" * 64)
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment.pop("RAY_ADDRESS", None)
+    dashboard = free_port()
+    command = [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
+    ports = ["--ray-client-server-port=0", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2"]
+    log = (tmp_path / "head.log").open("w")
+    head = subprocess.Popen(
+        [*command, *ports, f"--temp-dir=/tmp/ray-{os.getpid()}"],
+        env=environment,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield f"http://127.0.0.1:{dashboard}", environment
+    finally:
+        members = [p for p in psutil.process_iter() if _session_of(p) == head.pid]
+        head.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(members, timeout=30)
+        for process in alive:
+            process.kill()
+        log.close()
+
+
+def _session_of(process):
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+def submit(address, environment, *arguments):
+    return subprocess.run(
+        [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *arguments],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def wait_until_up(address, deadline_s=60):
+    import time
+
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=2)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return 200
+    pytest.fail(f"no dashboard at {address} within {deadline_s} s")
+
+
+def test_submit_follow_and_result(cluster, tmp_path):
+    address, environment = cluster
+    wait_until_up(address)
+    folder = tmp_path / "run"
+    job = submit(
+        address,
+        environment,
+        *("rlhf-dist", "train", "configs/quickstart.yaml", f"run.dir={folder}", "run.num_steps=2"),
+        *("sft.num_steps=20", "rollout.prompts_per_step=16", "algorithm.num_epochs=1"),
+    )
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "supervised step 20/20" in job.stdout, "the log is followed"
+    assert "step    2/2" in job.stdout
+    assert "trained policy" in job.stdout
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [
+        0,
+        1,
+    ]
+    assert (folder / "policy" / "model.safetensors").exists()
+
+
+def test_without_the_token_nothing_is_submitted(cluster, tmp_path):
+    address, environment = cluster
+    wait_until_up(address)
+    without = {key: value for key, value in environment.items() if not key.startswith("RAY_AUTH")}
+    job = submit(address, without | {"HOME": str(tmp_path)}, "rlhf-dist", "version")
+    assert job.returncode != 0
+    assert "401" in job.stdout + job.stderr
