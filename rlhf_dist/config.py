@@ -105,7 +105,7 @@ class Config(Section):
     policy: PolicySettings
     value: ValueSettings = ValueSettings()
     reference: ReferenceSettings = ReferenceSettings()
-    reward: tuple[RewardSettings, ...] = Field(min_length=1)
+    reward: tuple[RewardSettings, ...]
     data: DataSettings
     sft: SFTSettings | None = None
     rollout: RolloutSettings = RolloutSettings()
@@ -121,6 +121,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if not self.reward:
+            raise ValueError("`reward` is an empty list; it must have at least one part")
         labels = [reward.label for reward in self.reward]
         if len(set(labels)) < len(labels):
             raise ValueError(f"two parts of `reward` have the same name: {labels}; set `name` of one")
@@ -233,7 +235,7 @@ def _set_child(place: Any, part: str, value: Any, override: str) -> None:
 
 
 def _explain(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
+    location = _location(problem["loc"])
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}{_nearest(location)}"
@@ -244,6 +246,11 @@ def _explain(problem: Any) -> str:
     return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
+def _location(loc: tuple[str | int, ...]) -> list[str]:
+    """The keys as the user writes them: behind a list index, pydantic adds the tag of the entry's kind."""
+    return [str(part) for place, part in enumerate(loc) if place == 0 or not isinstance(loc[place - 1], int)]
+
+
 def _nearest(location: list[str]) -> str:
     """`; did you mean …?` for an unknown key, looking in its own section first, then in the whole tree."""
     known = list(_known_keys(Config))
@@ -251,7 +258,7 @@ def _nearest(location: list[str]) -> str:
     siblings = [key for key in known if key.split(".")[:-1] == section]
     by_name = difflib.get_close_matches(name, [key.split(".")[-1] for key in siblings], n=1, cutoff=0.5)
     if by_name:
-        return f"; did you mean {'.'.join([*section, by_name[0]])}?"
+        return f"; did you mean {'.'.join([*location[:-1], by_name[0]])}?"
     near = difflib.get_close_matches(".".join([*section, name]), known, n=1, cutoff=0.4)
     elsewhere = [key for key in known if key.split(".")[-1] == name] or near
     if elsewhere:

@@ -46,6 +46,7 @@ class Settings(AlgorithmSettings):
     """Settings of `ppo`."""
 
     name: Literal["ppo"] = "ppo"
+    """This recipe."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount a token."""
     lam: float = Field(default=0.95, ge=0, le=1)
@@ -106,8 +107,7 @@ class Recipe:
             "explained_variance": _explained_variance(batch.values, returns, mask),
             "value_mean": float(masked_mean(batch.values, mask)),
             "return_mean": float(masked_mean(returns, mask)),
-            "advantage_std": float(masked_mean(advantages**2, mask) - masked_mean(advantages, mask) ** 2)
-            ** 0.5,
+            "advantage_std": float(_variance(advantages, mask)) ** 0.5,
         }
         if settings.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
@@ -160,7 +160,10 @@ class Recipe:
 
 def _explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect value model, 0 one that knows nothing."""
-    residual = returns - values
-    unexplained = masked_mean((residual - masked_mean(residual, mask)) ** 2, mask)
-    total = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    return float(1 - unexplained / total) if total > 0 else 0.0
+    total = _variance(returns, mask)
+    return float(1 - _variance(returns - values, mask) / total) if total > 0 else 0.0
+
+
+def _variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Two passes: E[x^2] - E[x]^2 is below 0 where rounding has the last word."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import ray
@@ -35,21 +33,14 @@ class RankWorker:
             return Rendezvous(ray.util.get_node_ip_address(), probe.getsockname()[1])
 
     def _join(self, rendezvous: Rendezvous, settings: LearnerSettings, timeout_s: float) -> None:
-        """Join the group through DeepSpeed; `timeout_s` is the deadline of each later collective."""
-        import deepspeed
+        """Join the group; `timeout_s` is the deadline of each later collective."""
+        from rlhf_dist.engines.collectives import join_group
 
-        os.environ |= {
-            "RANK": str(self._rank),
-            "WORLD_SIZE": str(self._num_ranks),
-            "LOCAL_RANK": "0",  # Ray shows each worker its own GPUs only
-            "MASTER_ADDR": rendezvous.host,
-            "MASTER_PORT": str(rendezvous.port),
-        }
-        deepspeed.init_distributed(
-            dist_backend="nccl" if settings.gpus_per_worker > 0 else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=timeout_s),
+        join_group(
+            rendezvous.host,
+            rendezvous.port,
             rank=self._rank,
-            world_size=self._num_ranks,
+            num_ranks=self._num_ranks,
+            on_gpu=settings.gpus_per_worker > 0,
+            timeout_s=timeout_s,
         )

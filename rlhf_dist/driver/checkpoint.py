@@ -43,7 +43,8 @@ def save_checkpoint(folder: Path, learner: LearnerGroup, state: RunState, *, kee
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").exists())
+    whole = [path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").exists()]
+    return sorted(whole, key=lambda path: (len(path.name), path.name))  # a million steps have seven digits
 
 
 def read_state(checkpoint: Path, *, num_ranks: int, zero_stage: int) -> RunState:

@@ -1,11 +1,37 @@
-"""The few collectives the learner group needs besides DeepSpeed's own, and metrics averaged over it."""
+"""Joining the learner's process group, and the few collectives it needs besides DeepSpeed's own."""
 
 from __future__ import annotations
 
+import os
+from datetime import timedelta
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
+
+
+def join_group(host: str, port: int, *, rank: int, num_ranks: int, on_gpu: bool, timeout_s: float) -> None:
+    """Join this process to the group that meets at rank 0's address. Every rank calls.
+
+    Args:
+        timeout_s: deadline of each later collective.
+    """
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_RANK": "0",  # Ray shows each worker its own GPUs only
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+    }
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_s),
+        rank=rank,
+        world_size=num_ranks,
+    )
 
 
 def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -10,6 +10,9 @@ from typing import Any
 
 from rlhf_dist.errors import ConfigError, RewardError
 
+NOT_LISTS = (str, bytes, dict, set, frozenset)
+"""Iterable, but not one number a sample in the samples' order: keys, characters or no order at all."""
+
 RewardFunction = Callable[[list[str], list[str], dict[str, list[Any]]], Sequence[float]]
 
 
@@ -17,7 +20,7 @@ def load_function(path: str) -> RewardFunction:
     """Import `package.module:function`.
 
     Raises:
-        ConfigError: the module or the function is not there.
+        ConfigError: the module or the function is not there, or the module raised.
     """
     module_name, _, function_name = path.partition(":")
     try:
@@ -26,6 +29,11 @@ def load_function(path: str) -> RewardFunction:
         raise ConfigError(
             f"reward function {path!r}: module {module_name!r} cannot be imported ({error}); "
             "it must be installed, or lie under the folder that the run is started from"
+        ) from error
+    except Exception as error:  # whatever a user's module may raise
+        raise ConfigError(
+            f"reward function {path!r}: importing module {module_name!r} raised "
+            f"{type(error).__name__}: {error}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -65,6 +73,8 @@ def check_scores(what: str, scores: Any, num_samples: int) -> list[float]:
         RewardError: there is not one finite number a sample.
     """
     try:
+        if isinstance(scores, NOT_LISTS):
+            raise TypeError
         numbers = [float(score) for score in scores]
     except (TypeError, ValueError) as error:
         raise RewardError(

@@ -199,6 +199,11 @@ def _write_reply(quality: str, article: str, matter: str, chance: random.Random)
         return _courteous(chance.choice(VAGUE_SENTENCES), chance)
     if quality == "rambling":
         return " ".join([_answer(f"your {article}", matter, chance)] * 2)
+    return _rude(matter, chance)
+
+
+def _rude(matter: str, chance: random.Random) -> str:
+    """An answer with a rude ending, or rude sentences that answer nothing."""
     if chance.random() < 0.5:
         return _answer("it", matter, chance)[:-1] + chance.choice(RUDE_ENDINGS)
     return " ".join(chance.sample(RUDE_SENTENCES, chance.choice((1, 2))))
@@ -261,9 +266,8 @@ def _repeats_itself(sentences: list[tuple[str, ...]]) -> bool:
 
 def _names_only(text: str, article: str) -> bool:
     """Whether the reply names the article, and no other colour or thing."""
-    words = _words(text)
-    named = [word for word in words if word in COLOURS or word in THINGS]
-    return named == article.split() and article in text
+    named = {word for word in _words(text) if word in COLOURS or word in THINGS}
+    return named == set(article.split()) and article in text
 
 
 def _answers_only(text: str, matter: str) -> bool:

@@ -34,7 +34,7 @@ def prove(worker: str, version: int, probe: Probe, logprobs: Sequence[float], to
         The largest absolute difference, in nats.
 
     Raises:
-        WeightsError: it is above the tolerance; the message gives both numbers.
+        WeightsError: it is above the tolerance (the message gives both numbers), or the probe is empty.
     """
     served, published = np.asarray(logprobs, dtype=np.float64), np.asarray(probe.logprobs, dtype=np.float64)
     if served.shape != published.shape:
@@ -43,6 +43,11 @@ def prove(worker: str, version: int, probe: Probe, logprobs: Sequence[float], to
             f"the learner published {published.size}"
         )
     differences = np.abs(served - published)
+    if not served.size:
+        raise WeightsError(
+            f"the probe of policy version {version} has no token to compare, so {worker} can prove nothing; "
+            "give the rollout workers a context of at least 3 tokens"
+        )
     worst = int(np.argmax(np.where(np.isfinite(differences), differences, np.inf)))
     if not differences[worst] <= tolerance_nats:
         raise WeightsError(

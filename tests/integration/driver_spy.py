@@ -22,7 +22,7 @@ def spy(report: Path) -> None:
     seen: list[dict[str, object]] = []
     original = SerializationContext.deserialize_objects
 
-    def recorded(self, serialized, object_refs):  # noqa: ANN001, ANN202
+    def recorded(self, serialized, object_refs):
         values = original(self, serialized, object_refs)
         for entry, value in zip(serialized, values, strict=True):
             num_bytes = sum(len(part) for part in entry[:2] if part is not None)

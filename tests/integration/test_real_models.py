@@ -62,7 +62,7 @@ def config(models, tmp_path):
     return path
 
 
-def test_gsm8k_prompts_with_two_rewards_and_models_from_disk(train, config, models):
+def test_gsm8k_prompts_with_two_rewards_and_models_from_disk(train, config):
     run = train(config=config)
     assert run.returncode == 0, run.output
     first, last = run.metrics

@@ -1,0 +1,86 @@
+"""Writes docs/configuration.md from the settings classes: `python scripts/document_configuration.py`."""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from rlhf_dist import algorithms
+from rlhf_dist.algorithms.base import AlgorithmSettings
+from rlhf_dist.config import Config
+
+TARGET = Path(__file__).parents[1] / "docs" / "configuration.md"
+HEADER = """# Configuration
+
+One YAML file, a section a role. Every key can be set on the command line as `section.key=value`, entries of
+a list by number (`reward.0.weight=2`). Unknown keys are errors. `rlhf-dist train FILE --dry-run` prints the
+resolved tree.
+
+*This page is made from the settings classes by `python scripts/document_configuration.py`.*
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEADER, *_tables("", "the run", Config)]).rstrip() + "\n"
+
+
+def _tables(path: str, title: str, section: type[BaseModel]) -> Iterator[str]:
+    rows, below = [], []
+    for name, field in section.model_fields.items():
+        key = f"{path}.{name}" if path else name
+        inner = list(_sections(field.annotation))
+        if inner:
+            below += [(key, one) for one in inner]
+            continue
+        default = "required" if field.is_required() else _default(field)
+        text = " ".join((field.description or "").split())
+        rows.append(f"| `{key}` | {_type(field.annotation)} | {default} | {text} |")
+    if path:
+        summary = (section.__doc__ or "").strip().splitlines()[0]
+        yield f"## `{path}`{title}\n\n{summary}\n"
+    if rows:
+        yield "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""])
+    for key, one in below:
+        several = sum(other == key for other, _ in below) > 1
+        yield from _tables(key, f": {one.__name__}" if several else "", one)
+
+
+def _sections(annotation: object) -> Iterator[type[BaseModel]]:
+    if annotation is AlgorithmSettings:
+        yield from (algorithms.settings_class(name) for name in algorithms.algorithm_names())
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif not isinstance(annotation, type) or typing.get_origin(annotation):
+        for argument in typing.get_args(annotation):
+            yield from _sections(argument)
+
+
+def _default(field: FieldInfo) -> str:
+    """As it would be written in YAML."""
+    return f"`{json.dumps(field.get_default(call_default_factory=True))}`"
+
+
+def _type(annotation: object) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " \\| ".join(f"`{argument}`" for argument in arguments)
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if isinstance(annotation, types.UnionType):
+        return " \\| ".join(_type(argument) for argument in arguments)
+    if annotation is type(None):
+        return "null"
+    if origin is tuple:
+        return f"list of {_type(arguments[0])}"
+    return getattr(annotation, "__name__", str(annotation)).lower()
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
