@@ -18,7 +18,6 @@ from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, Validati
 
 from rlhf_dist import algorithms
 from rlhf_dist.algorithms.base import AlgorithmSettings
-from rlhf_dist.cluster.settings import ClusterSettings
 from rlhf_dist.data.settings import DataSettings, SFTSettings
 from rlhf_dist.engines.settings import LearnerSettings, RolloutSettings, ScoringSettings
 from rlhf_dist.errors import ConfigError
@@ -85,6 +84,25 @@ class CheckpointSettings(Section):
     """Learner steps between two checkpoints; the last step is always saved."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints that stay on disk."""
+
+
+class ClusterSettings(Section):
+    """Deadlines. Each is the longest one call may take before the run stops and names it."""
+
+    placement_timeout_s: float = Field(default=60, gt=0)
+    """Waiting for the cluster to reserve a role's CPUs and GPUs."""
+    start_timeout_s: float = Field(default=600, gt=0)
+    """A worker's start: imports, loading its model, reserving its cache."""
+    generate_timeout_s: float = Field(default=1800, gt=0)
+    """Between two batches of finished samples from the rollout workers."""
+    score_timeout_s: float = Field(default=900, gt=0)
+    """Scoring one batch."""
+    step_timeout_s: float = Field(default=3600, gt=0)
+    """One learner step, one supervised stage, or one collective inside them."""
+    weights_timeout_s: float = Field(default=900, gt=0)
+    """Taking a snapshot, or loading and proving one."""
+    checkpoint_timeout_s: float = Field(default=1800, gt=0)
+    """Writing or reading a checkpoint or an export."""
 
 
 def _algorithm_settings(value: Any) -> Any:
@@ -259,10 +277,10 @@ def _nearest(location: list[str]) -> str:
     by_name = difflib.get_close_matches(name, [key.split(".")[-1] for key in siblings], n=1, cutoff=0.5)
     if by_name:
         return f"; did you mean {'.'.join([*location[:-1], by_name[0]])}?"
-    near = difflib.get_close_matches(".".join([*section, name]), known, n=1, cutoff=0.4)
-    elsewhere = [key for key in known if key.split(".")[-1] == name] or near
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
+    elsewhere = {key.split(".")[-1]: key for key in reversed(known)}  # the first of equal names
+    near = difflib.get_close_matches(name, elsewhere, n=1)
+    if near:
+        return f"; did you mean {elsewhere[near[0]]}?"
     return f"; known here: {', '.join(key.split('.')[-1] for key in siblings)}" if siblings else ""
 
 

@@ -52,6 +52,7 @@ make_environment() {
     local python
     python=$(find_python)
     check_compiler "$python"
+    [ ! -e "$VENV" ] || say "replacing $VENV: no working Python 3.11 or 3.12 with pip in it"
     say "making $VENV ($("$python" --version))"
     "$python" -m venv --clear "$VENV" ||
         die "$python cannot make virtual environments (Debian, Ubuntu: apt install $("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])'))"

@@ -11,7 +11,7 @@ from rlhf_dist.cluster.calls import Call, wait_for_all
 from rlhf_dist.cluster.learner_worker import LearnerWorker
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.rank_group import RankGroup
-from rlhf_dist.cluster.settings import ClusterSettings
+from rlhf_dist.config import ClusterSettings
 from rlhf_dist.types import WeightManifest
 
 

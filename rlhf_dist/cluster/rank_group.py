@@ -8,8 +8,8 @@ from typing import Any
 from rlhf_dist.cluster.calls import Call, wait_for
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.process_group import RankWorker
-from rlhf_dist.cluster.settings import ClusterSettings
 from rlhf_dist.cluster.workers import Workers
+from rlhf_dist.config import ClusterSettings
 
 
 class RankGroup:

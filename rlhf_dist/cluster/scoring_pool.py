@@ -9,8 +9,8 @@ import ray
 from rlhf_dist.cluster.calls import Call, wait_for
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.scoring_worker import ScoringWorker
-from rlhf_dist.cluster.settings import ClusterSettings
 from rlhf_dist.cluster.workers import Workers
+from rlhf_dist.config import ClusterSettings
 from rlhf_dist.engines.settings import ScoringSettings
 from rlhf_dist.errors import DeadlineError
 from rlhf_dist.rewards.settings import RewardSettings

@@ -6,7 +6,6 @@ What is wrong with the user's input is found here, in seconds, and not minutes l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlhf_dist.algorithms import make_algorithm
 from rlhf_dist.cluster.placement import RoleShare, share_out
@@ -62,9 +61,9 @@ def prepare(config: Config, policy: str) -> Prepared:
     """
     check_inputs(config)
     tokenizer = load_tokenizer(policy, "policy")
-    context_tokens = _context_tokens(config, policy)
-    max_prompt_tokens = _max_prompt_tokens(config, context_tokens)
-    return Prepared(load_prompts(config.data, tokenizer, max_prompt_tokens=max_prompt_tokens), context_tokens)
+    limit = context_tokens(config, policy)
+    max_prompt_tokens = _max_prompt_tokens(config, limit)
+    return Prepared(load_prompts(config.data, tokenizer, max_prompt_tokens=max_prompt_tokens), limit)
 
 
 def check_inputs(config: Config) -> None:
@@ -107,27 +106,32 @@ def shares(config: Config, *, node_cpus: float) -> dict[str, RoleShare]:
     return {share.role: share for share in share_out(roles, node_cpus=node_cpus)}
 
 
-def _context_tokens(config: Config, policy: str) -> int:
-    asked = config.rollout.context_tokens
-    if asked is not None and Path(policy).exists() and asked > context_limit(policy, "policy"):
-        raise ConfigError(
-            f"rollout.context_tokens={asked} is above the policy's limit of {context_limit(policy, 'policy')}"
-        )
-    return asked or context_limit(policy, "policy")
+def context_tokens(config: Config, policy: str) -> int:
+    """Prompt and response together, at most: what the configuration asks for, else the policy's own limit.
+
+    Raises:
+        ConfigError: the configuration asks for more than the policy has, or neither says.
+    """
+    asked, limit = config.rollout.context_tokens, context_limit(policy, "policy")
+    if asked is not None and limit is not None and asked > limit:
+        raise ConfigError(f"rollout.context_tokens={asked} is above the policy's limit of {limit}")
+    if asked is None and limit is None:
+        raise ConfigError(f"policy {policy!r} does not state its context limit; set rollout.context_tokens")
+    return asked or limit or 0
 
 
-def _max_prompt_tokens(config: Config, context_tokens: int) -> int:
+def _max_prompt_tokens(config: Config, limit: int) -> int:
     max_tokens = config.rollout.sampling.max_tokens
-    room = context_tokens - max_tokens
+    room = limit - max_tokens
     if room < 1:
         raise ConfigError(
             f"rollout.sampling.max_tokens={max_tokens} leaves no room for a prompt in a context of "
-            f"{context_tokens} tokens; lower it"
+            f"{limit} tokens; lower it"
         )
     asked = config.data.max_prompt_tokens
     if asked is not None and asked > room:
         raise ConfigError(
             f"data.max_prompt_tokens={asked} and rollout.sampling.max_tokens={max_tokens} together are above "
-            f"the context of {context_tokens} tokens"
+            f"the context of {limit} tokens"
         )
     return asked or room

@@ -14,7 +14,8 @@ from rlhf_dist.cluster.supervised_worker import SupervisedWorker
 from rlhf_dist.config import Config
 from rlhf_dist.data.demonstrations import load_demonstrations
 from rlhf_dist.data.settings import SFTSettings
-from rlhf_dist.engines.loading import context_limit, load_tokenizer
+from rlhf_dist.driver.preparation import context_tokens
+from rlhf_dist.engines.loading import load_tokenizer
 from rlhf_dist.observability.progress import Progress
 
 REPORTS = 5
@@ -31,7 +32,7 @@ def supervised_stage(
     """
     tokenizer = load_tokenizer(model, "policy")
     demonstrations = load_demonstrations(
-        sft, tokenizer, max_tokens=sft.max_tokens or context_limit(model, "policy")
+        sft, tokenizer, max_tokens=sft.max_tokens or context_tokens(config, model)
     )
     group = RankGroup(SupervisedWorker, share, config.cluster)
     try:

@@ -44,20 +44,16 @@ def load_tokenizer(model: str, role: str) -> Any:
     return tokenizer
 
 
-def context_limit(model: str, role: str) -> int:
-    """The longest sequence, prompt and response together, that a checkpoint was made for.
+def context_limit(model: str, role: str) -> int | None:
+    """The longest sequence, prompt and response together, that a checkpoint says it was made for.
 
     Raises:
-        ModelError: the configuration cannot be loaded or does not say.
+        ModelError: the configuration cannot be loaded.
     """
     with _loading(f"{role} model", model):
         config = AutoConfig.from_pretrained(model)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        raise ModelError(
-            f"{role} model {model!r} does not state max_position_embeddings; set rollout.context_tokens"
-        )
-    return int(limit)
+    return None if limit is None else int(limit)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from rlhf_dist.engines import vllm_weight_transfer
+from rlhf_dist.errors import WeightsError
 from rlhf_dist.types import Completion, GenerationRequest, WeightManifest, WeightPayload
 from rlhf_dist.weights import snapshot
 
@@ -123,7 +124,9 @@ class VLLMEngine:
         self._engine.collective_rpc("start_weight_update")
         self._engine.collective_rpc("update_weights", args=({"manifest": manifest, "payload": payload},))
         self._engine.collective_rpc("finish_weight_update")
-        self._engine.reset_prefix_cache()
+        # Requests under way are preempted: they go on from their tokens, with a cache of the new weights.
+        if not self._engine.reset_prefix_cache(reset_running_requests=True):
+            raise WeightsError(f"the KV cache could not be cleared of policy version {self._version}")
         self._set_version(manifest.version)
 
     def prompt_logprobs(self, tokens: tuple[int, ...]) -> list[float]:

@@ -58,8 +58,8 @@ class Samples:
             rollout_logprobs=_ragged(table["rollout_logprobs"])[0],
             policy_versions=_ragged(table["policy_versions"])[0],
             ref_logprobs=ref_logprobs if len(ref_logprobs) == len(response_tokens) else None,
-            rewards=table["reward"].to_numpy(),
-            ordinals=table["ordinal"].to_numpy(),
+            rewards=table["reward"].to_numpy().copy(),
+            ordinals=table["ordinal"].to_numpy().copy(),
             finished=np.array([reason == "stop" for reason in table["finish_reason"].to_pylist()]),
             reward_parts={name: np.array([dict(row)[name] for row in parts]) for name in names},
         )

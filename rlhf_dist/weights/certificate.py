@@ -42,7 +42,8 @@ def prove(worker: str, version: int, probe: Probe, logprobs: Sequence[float], to
             f"{worker} answered the probe of policy version {version} with {served.size} log-probabilities, "
             f"the learner published {published.size}"
         )
-    differences = np.abs(served - published)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN, which proves nothing
+        differences = np.abs(served - published)
     if not served.size:
         raise WeightsError(
             f"the probe of policy version {version} has no token to compare, so {worker} can prove nothing; "

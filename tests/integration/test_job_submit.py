@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -27,34 +29,52 @@ def free_port():
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A head node of its own: other ports, another temporary folder, another token."""
+    """A head node of its own: free ports, its own temporary folder and token."""
     token = tmp_path / "token"
     token.write_text("a" * 64)
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     environment.pop("RAY_ADDRESS", None)
     dashboard = free_port()
-    command = [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}"]
-    ports = ["--ray-client-server-port=0", f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2"]
-    log = (tmp_path / "head.log").open("w")
-    head = subprocess.Popen(
-        [*command, *ports, f"--temp-dir=/tmp/ray-{os.getpid()}"],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        yield f"http://127.0.0.1:{dashboard}", environment
-    finally:
-        members = [p for p in psutil.process_iter() if _session_of(p) == head.pid]
-        head.send_signal(signal.SIGTERM)
-        _, alive = psutil.wait_procs(members, timeout=30)
-        for process in alive:
-            process.kill()
-        log.close()
+    ports = {"port": free_port(), "dashboard-port": dashboard, "ray-client-server-port": free_port()}
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, (tmp_path / "head.log").open("w+") as log:
+        head = subprocess.Popen(
+            [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
+            + [f"--{name}={number}" for name, number in ports.items()],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        address = f"http://127.0.0.1:{dashboard}"
+        try:
+            wait_until_up(address, head, log)
+            yield address, environment
+        finally:
+            members = [process for process in psutil.process_iter() if session_of(process) == head.pid]
+            head.send_signal(signal.SIGTERM)
+            _, alive = psutil.wait_procs(members, timeout=30)
+            for process in alive:
+                process.kill()
 
 
-def _session_of(process):
+def wait_until_up(address, head, log, deadline_s=60):
+    deadline = time.monotonic() + deadline_s
+    while time.monotonic() < deadline:
+        if head.poll() is not None:
+            log.seek(0)
+            pytest.fail(f"the head node ended: {log.read()[-2000:]}")
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=2)
+        except urllib.error.HTTPError:
+            return  # it is up, and wants the token
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
+    pytest.fail(f"no dashboard at {address} within {deadline_s} s")
+
+
+def session_of(process):
     try:
         return os.getsid(process.pid)
     except ProcessLookupError:
@@ -73,25 +93,8 @@ def submit(address, environment, *arguments):
     )
 
 
-def wait_until_up(address, deadline_s=60):
-    import time
-
-    deadline = time.monotonic() + deadline_s
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(f"{address}/api/version", timeout=2)
-        except urllib.error.HTTPError as error:
-            return error.code
-        except OSError:
-            time.sleep(0.5)
-        else:
-            return 200
-    pytest.fail(f"no dashboard at {address} within {deadline_s} s")
-
-
 def test_submit_follow_and_result(cluster, tmp_path):
     address, environment = cluster
-    wait_until_up(address)
     folder = tmp_path / "run"
     job = submit(
         address,
@@ -112,7 +115,6 @@ def test_submit_follow_and_result(cluster, tmp_path):
 
 def test_without_the_token_nothing_is_submitted(cluster, tmp_path):
     address, environment = cluster
-    wait_until_up(address)
     without = {key: value for key, value in environment.items() if not key.startswith("RAY_AUTH")}
     job = submit(address, without | {"HOME": str(tmp_path)}, "rlhf-dist", "version")
     assert job.returncode != 0

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_dist.cluster.placement import share_out
 from rlhf_dist.cluster.rollout_pool import RolloutPool
 from rlhf_dist.cluster.session import ray_session
-from rlhf_dist.cluster.settings import ClusterSettings
+from rlhf_dist.config import ClusterSettings
 from rlhf_dist.data.prompts import load_prompts
 from rlhf_dist.data.settings import DataSettings
 from rlhf_dist.engines.settings import RolloutSettings, SamplingSettings

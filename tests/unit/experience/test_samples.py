@@ -1,0 +1,226 @@
+"""The learner's view of a batch: one order whoever was fast, flat arrays, and rectangles cut from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlhf_dist.errors import RunError
+from rlhf_dist.experience.samples import Samples, SequenceBatch
+from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA
+
+PER_TOKEN = ("response_mask", "rollout_logprobs", "policy_versions", "ref_logprobs")
+ARRAYS = (
+    "prompt_tokens",
+    "prompt_offsets",
+    "response_tokens",
+    "response_offsets",
+    "rewards",
+    "ordinals",
+    "finished",
+    *PER_TOKEN,
+)
+
+
+def assert_equal(one, other):
+    for name in ARRAYS:
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        assert getattr(one, name).dtype == getattr(other, name).dtype, name
+    assert one.reward_parts.keys() == other.reward_parts.keys()
+    for name, part in one.reward_parts.items():
+        np.testing.assert_array_equal(part, other.reward_parts[name])
+
+
+@pytest.fixture(scope="module")
+def three(completion, scored):
+    """Samples (1,0), (1,1), (2,0) with prompts of 2, 2, 3 and responses of 3, 0, 2 tokens, in two batches."""
+    late = scored([completion(2, prompt_length=3, length=2, version=4)])
+    early = scored([completion(1, 1, length=0), completion(1, length=3, version=3, finish_reason="length")])
+    return Samples.from_batches([late, early])
+
+
+def test_the_arrays_are_in_the_order_of_ordinal_and_sample(three):
+    assert three.num_samples == 3
+    assert three.ordinals.tolist() == [1, 1, 2]
+    assert three.prompt_tokens.tolist() == [1050, 1051, 1150, 1151, 2050, 2051, 2052]
+    assert three.prompt_offsets.tolist() == [0, 2, 4, 7]
+    assert three.response_tokens.tolist() == [1000, 1001, 1002, 2000, 2001]
+    assert three.response_offsets.tolist() == [0, 3, 3, 5]
+    assert three.response_mask.tolist() == [1] * 5
+    assert three.policy_versions.tolist() == [3, 3, 3, 4, 4]
+    expected = np.array([1000, 1001, 1002, 2000, 2001]) / -4096
+    np.testing.assert_array_equal(three.rollout_logprobs, expected.astype(np.float32))
+    np.testing.assert_array_equal(three.ref_logprobs, expected.astype(np.float32) / 2)
+    assert three.rewards.tolist() == [1.0, 1.1, 2.0]
+    assert three.finished.tolist() == [False, True, True]
+    assert {name: part.tolist() for name, part in three.reward_parts.items()} == {
+        "help": [1.0, 1.0, 2.0],
+        "tone": [0.0, 1.0, 0.0],
+    }
+
+
+def test_the_arrays_have_the_documented_types(three):
+    types = {name: getattr(three, name).dtype.name for name in ARRAYS}
+    assert types == {
+        "prompt_tokens": "int32",
+        "prompt_offsets": "int64",
+        "response_tokens": "int32",
+        "response_offsets": "int64",
+        "response_mask": "uint8",
+        "rollout_logprobs": "float32",
+        "policy_versions": "int32",
+        "ref_logprobs": "float32",
+        "rewards": "float64",
+        "ordinals": "int64",
+        "finished": "bool",
+    }
+
+
+def test_without_a_reference_there_are_no_reference_log_probabilities(completion, scored):
+    assert Samples.from_batches([scored([completion(1)], reference=False)]).ref_logprobs is None
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_order_does_not_depend_on_arrival(data, completion, scored):
+    lengths = data.draw(
+        st.dictionaries(
+            st.tuples(st.integers(0, 9), st.integers(0, 2)),
+            st.tuples(st.integers(1, 3), st.integers(0, 4)),
+            min_size=1,
+            max_size=8,
+        )
+    )
+    completions = [
+        completion(ordinal, sample, prompt_length=prompt_length, length=length)
+        for (ordinal, sample), (prompt_length, length) in lengths.items()
+    ]
+    arrived = data.draw(st.permutations(completions))
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(arrived) - 1)))) | {0, len(arrived)})
+    batches = [scored(arrived[start:end]) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+
+    expected = [(ordinal, sample) for ordinal, sample in sorted(lengths)]
+    samples = Samples.from_batches(data.draw(st.permutations(batches)))
+    assert samples.ordinals.tolist() == [ordinal for ordinal, _ in expected]
+    assert samples.rewards.tolist() == [ordinal + sample / 10 for ordinal, sample in expected]
+    assert samples.response_lengths.tolist() == [lengths[key][1] for key in expected]
+    assert samples.total_lengths == [sum(lengths[key]) for key in expected]
+    tokens = [1000 * o + 100 * s + place for o, s in expected for place in range(lengths[o, s][1])]
+    assert samples.response_tokens.tolist() == tokens
+    assert_equal(samples, Samples.from_batches([scored(sorted(completions, key=lambda c: c.tokens))]))
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 2), (1, 3), (4, 1), (2, 3)])
+def test_a_slice_of_a_batch_reads_its_own_rows(start, length, completion, scored):
+    completions = [completion(i, prompt_length=1 + i % 3, length=i) for i in range(5)]
+    whole = scored(completions)
+    sliced = Samples.from_batches([whole.slice(start, length)])
+    assert_equal(sliced, Samples.from_batches([scored(completions[start : start + length])]))
+    assert sliced.ordinals.tolist() == list(range(start, start + length))
+
+
+def test_slices_together_are_the_whole(completion, scored):
+    whole = scored([completion(i, length=i) for i in range(5)])
+    assert_equal(Samples.from_batches([whole.slice(3), whole.slice(0, 3)]), Samples.from_batches([whole]))
+
+
+def test_batches_that_crossed_a_process_read_the_same(completion, scored):
+    batch = scored([completion(i, length=i) for i in range(4)])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch.slice(1))
+    received = pa.ipc.open_stream(sink.getvalue()).read_next_batch()
+    assert_equal(Samples.from_batches([received]), Samples.from_batches([batch.slice(1)]))
+
+
+def test_experience_of_another_version_is_refused(completion, scored):
+    batch = scored([completion(1)])
+    foreign = pa.RecordBatch.from_arrays(batch.columns, schema=EXPERIENCE_SCHEMA.with_metadata({}))
+    with pytest.raises(RunError, match="schema version none"):
+        Samples.from_batches([batch, foreign])
+
+
+# ------------------------------------------------------------------------------------------ rectangles
+
+
+def test_lengths_are_of_the_response_and_of_the_whole_sequence(three):
+    assert three.response_lengths.tolist() == [3, 0, 2]
+    assert three.total_lengths == [5, 2, 5]
+
+
+def test_padding_puts_zeros_behind_each_response(three):
+    padded = three.padded(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert padded.tolist() == [[1, 2, 3], [0, 0, 0], [4, 5, 0]]
+    assert three.padded(three.response_mask).tolist() == [[1, 1, 1], [0, 0, 0], [1, 1, 0]]
+
+
+def test_scattering_writes_each_row_to_its_sample(three):
+    flat = torch.full((5,), -1.0)
+    three.scatter(torch.tensor([[4.0, 5.0, 99.0], [1.0, 2.0, 3.0]]), [2, 0], into=flat)
+    assert flat.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_scattering_leaves_other_samples_alone(three):
+    flat = torch.zeros(5)
+    three.scatter(torch.tensor([[7.0, 8.0]]), [2], into=flat)
+    assert flat.tolist() == [0, 0, 0, 7, 8]
+    three.scatter(torch.tensor([[9.0]]), [], into=flat)  # the idle row of a rank without work
+    assert flat.tolist() == [0, 0, 0, 7, 8]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_scattering_pieces_of_the_padded_array_gives_the_flat_one_back(data, completion, scored):
+    lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+    samples = Samples.from_batches([scored([completion(i, length=n) for i, n in enumerate(lengths)])])
+    flat = torch.arange(1.0, sum(lengths) + 1)
+    padded = samples.padded(flat)
+    assert padded.shape == (len(lengths), max(lengths))
+    order = data.draw(st.permutations(range(len(lengths))))
+    cut = data.draw(st.integers(0, len(order)))
+    restored = torch.zeros_like(flat)
+    for indices in (order[:cut], order[cut:]):
+        samples.scatter(padded[indices], indices, into=restored)
+    assert torch.equal(restored, flat)
+
+
+def test_sequences_are_prompt_and_response_padded_on_the_right(three):
+    batch = three.sequences([2, 0, 1])
+    assert batch.input_ids.tolist() == [
+        [2050, 2051, 2052, 2000, 2001],
+        [1050, 1051, 1000, 1001, 1002],
+        [1150, 1151, 0, 0, 0],
+    ]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch.response_start.tolist() == [3, 2, 2]
+    assert batch.response_length.tolist() == [2, 3, 0]
+    assert {tensor.dtype for tensor in batch.model_inputs()} == {torch.int64}
+
+
+def test_sequences_are_no_wider_than_the_longest_of_them(three):
+    assert three.sequences([1]).input_ids.tolist() == [[1150, 1151]]
+
+
+def test_no_samples_are_one_row_that_a_model_can_run_and_that_counts_for_nothing(three):
+    batch = three.sequences([])
+    assert batch.input_ids.shape == batch.attention_mask.shape == (1, 2)
+    assert batch.attention_mask.tolist() == [[1, 1]]
+    assert batch.response_start.tolist() == [1]
+    assert batch.response_length.tolist() == [0]
+    assert {tensor.dtype for tensor in batch.model_inputs()} == {torch.int64}
+
+
+def test_model_inputs_are_the_fields_in_the_order_of_the_forward_pass(three):
+    batch = three.sequences([0])
+    inputs = batch.to(torch.device("cpu")).model_inputs()
+    fields = (batch.input_ids, batch.attention_mask, batch.response_start, batch.response_length)
+    assert all(torch.equal(one, other) for one, other in zip(inputs, fields, strict=True))
+
+
+def test_prompts_and_responses_must_be_of_one_number():
+    with pytest.raises(ValueError, match="zip"):
+        SequenceBatch.build([np.array([1])], [])
