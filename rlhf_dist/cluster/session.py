@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 
 from rlhf_dist.errors import ResourceError
+
+
+CONNECT_TIMEOUT_S = 10
+REMEDY = "start one with `ray start --head`, or leave out --address and RAY_ADDRESS for a local instance"
 
 
 @contextmanager
@@ -21,20 +26,35 @@ def ray_session(address: str | None, *, show_worker_output: bool) -> Iterator[No
         ResourceError: no cluster answers at the address.
     """
     target = address or os.environ.get("RAY_ADDRESS") or "local"
+    _check_address(target)
     local_only = {"include_dashboard": False} if target == "local" else {}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=target, logging_level=logging.ERROR, log_to_driver=show_worker_output, **local_only)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
-            f"no Ray cluster could be joined at {target!r}: {str(error).strip().splitlines()[0]}; start one "
-            "with `ray start --head`, or leave out --address and RAY_ADDRESS for a local instance"
+            f"no Ray cluster could be joined at {target!r}: {str(error).strip().splitlines()[0]}; {REMEDY}"
         ) from error
     signal.signal(signal.SIGTERM, on_terminate)  # ray.init put its own in place
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(target: str) -> None:
+    """Refuse what Ray would try for minutes, or end the process over."""
+    if target in ("local", "auto"):
+        return
+    if "://" in target:
+        raise ResourceError(
+            f"the address {target!r} is not of the form HOST:PORT; from outside the cluster use `ray job submit`"
+        )
+    host, _, port = target.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise ResourceError(f"no Ray cluster answers at {target!r} ({error}); {REMEDY}") from error
 
 
 def cpus_of_smallest_node() -> float:

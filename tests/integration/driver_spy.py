@@ -22,8 +22,8 @@ def spy(report: Path) -> None:
     seen: list[dict[str, object]] = []
     original = SerializationContext.deserialize_objects
 
-    def recorded(self, serialized, object_refs):
-        values = original(self, serialized, object_refs)
+    def recorded(self, serialized, *rest):
+        values = original(self, serialized, *rest)
         for entry, value in zip(serialized, values, strict=True):
             num_bytes = sum(len(part) for part in entry[:2] if part is not None)
             seen.append({"bytes": num_bytes, "payloads": sorted(payloads_in(value))})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_a_killed_driver_takes_its_workers_along(start, small):
     command.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "the first step")
     command.send(signal.SIGKILL)
     assert command.wait().returncode == -signal.SIGKILL
-    command.assert_nothing_left()
+    command.assert_nothing_left(deadline_s=60)  # Ray's own agents look for their parent now and then
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,15 @@ def test_a_bad_reward_function_stops_the_run_with_one_message(train, small, tmp_
     errors = [line for line in run.output.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert message in errors[0]
+    assert "Traceback" not in run.output
+
+
+def test_a_dead_address_is_refused_at_once(train, small):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        run = train(*small, "--address", f"127.0.0.1:{unused.getsockname()[1]}")
+    assert run.returncode == 6
+    assert "no Ray cluster answers at '127.0.0.1:" in run.output
     assert "Traceback" not in run.output
 
 

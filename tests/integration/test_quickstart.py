@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-FIRST_REWARD_AT_MOST = 0.6
+FIRST_REWARD_AT_MOST = 0.55
 LAST_REWARD_AT_LEAST = 0.8
 """The quickstart's promise: the mean reward of the last five steps, over the first step's."""
 
@@ -19,7 +19,7 @@ def test_reward_clearly_rises(quickstart, seed):
     run = quickstart(seed)
     assert run.returncode == 0, run.output
     rewards = [step["reward_mean"] for step in run.metrics]
-    assert len(rewards) == 40
+    assert len(rewards) == 30
     assert rewards[0] < FIRST_REWARD_AT_MOST
     assert sum(rewards[-5:]) / 5 >= LAST_REWARD_AT_LEAST
 
@@ -49,7 +49,7 @@ def test_every_step_reports_what_a_person_watches(quickstart):
 
 
 def test_engine_and_learner_agree_after_every_update(quickstart):
-    """The probe after each of the 40 updates, and every sampled token of every step."""
+    """The probe after each of the 30 updates, and every sampled token of every step."""
     steps = quickstart(0).metrics
     assert max(step["probe_difference_max"] for step in steps) <= 1e-4
     assert max(step["rollout_learner_gap_max"] for step in steps) <= 1e-4

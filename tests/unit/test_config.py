@@ -90,7 +90,10 @@ def test_an_unknown_key_like_no_other_lists_what_its_section_knows(file):
         ("reward.0.weight=heavy", "reward.0.weight='heavy': input should be a valid number"),
         ("reward.0.path=no-function", "reward.0.path='no-function': string should match pattern"),
         ("learner.zero_stage=4", "learner.zero_stage=4: input should be 0, 1, 2 or 3"),
-        ("rollout.dtype=float8", "rollout.dtype='float8': input should be 'float32', 'bfloat16' or 'float16'"),
+        (
+            "rollout.dtype=float8",
+            "rollout.dtype='float8': input should be 'float32', 'bfloat16' or 'float16'",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_type_is_an_error_that_prints_it(override, line, file):
@@ -103,7 +106,10 @@ def test_a_value_of_the_wrong_type_is_an_error_that_prints_it(override, line, fi
     [
         ("run.num_steps=0", "run.num_steps=0: input should be greater than or equal to 1"),
         ("run.seed=-1", "run.seed=-1: input should be greater than or equal to 0"),
-        ("rollout.sampling.top_p=1.01", "rollout.sampling.top_p=1.01: input should be less than or equal to 1"),
+        (
+            "rollout.sampling.top_p=1.01",
+            "rollout.sampling.top_p=1.01: input should be less than or equal to 1",
+        ),
         ("rollout.sampling.top_p=0", "rollout.sampling.top_p=0: input should be greater than 0"),
         ("algorithm.lam=1.5", "algorithm.lam=1.5: input should be less than or equal to 1"),
         ("algorithm.kl.coef=-0.1", "algorithm.kl.coef=-0.1: input should be greater than or equal to 0"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_dist.errors import RunError
@@ -84,7 +86,7 @@ def test_without_a_reference_there_are_no_reference_log_probabilities(completion
     assert Samples.from_batches([scored([completion(1)], reference=False)]).ref_logprobs is None
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_the_order_does_not_depend_on_arrival(data, completion, scored):
     lengths = data.draw(
@@ -101,7 +103,7 @@ def test_the_order_does_not_depend_on_arrival(data, completion, scored):
     ]
     arrived = data.draw(st.permutations(completions))
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(arrived) - 1)))) | {0, len(arrived)})
-    batches = [scored(arrived[start:end]) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    batches = [scored(arrived[start:end]) for start, end in pairwise(cuts)]
 
     expected = [(ordinal, sample) for ordinal, sample in sorted(lengths)]
     samples = Samples.from_batches(data.draw(st.permutations(batches)))
@@ -172,7 +174,7 @@ def test_scattering_leaves_other_samples_alone(three):
     assert flat.tolist() == [0, 0, 0, 7, 8]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_scattering_pieces_of_the_padded_array_gives_the_flat_one_back(data, completion, scored):
     lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))

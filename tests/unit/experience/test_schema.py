@@ -77,7 +77,9 @@ def test_an_empty_response_is_an_empty_list(completion, prompts):
 
 
 def test_a_scored_batch_adds_reward_parts_and_reference(completion, prompts):
-    rollouts = rollout_batch([completion(1, length=2), completion(2, length=1)], producer="w", prompts=prompts)
+    rollouts = rollout_batch(
+        [completion(1, length=2), completion(2, length=1)], producer="w", prompts=prompts
+    )
     batch = scored_batch(
         rollouts,
         rewards=[0.5, -1],
@@ -87,7 +89,10 @@ def test_a_scored_batch_adds_reward_parts_and_reference(completion, prompts):
     assert batch.schema.equals(EXPERIENCE_SCHEMA, check_metadata=True)
     assert batch.select(rollouts.schema.names).to_pylist() == rollouts.to_pylist()
     assert batch["reward"].to_pylist() == [0.5, -1.0]
-    assert batch["reward_parts"].to_pylist() == [[("help", 2.0), ("tone", -0.25)], [("help", 3.0), ("tone", 0.0)]]
+    assert batch["reward_parts"].to_pylist() == [
+        [("help", 2.0), ("tone", -0.25)],
+        [("help", 3.0), ("tone", 0.0)],
+    ]
     assert batch["ref_logprobs"].to_pylist() == [[-0.5, -0.25], [-2.0]]
 
 
@@ -137,7 +142,13 @@ def test_its_own_schema_is_read(schema):
 
 @pytest.mark.parametrize(
     ("metadata", "found"),
-    [({VERSION_KEY: b"2"}, "2"), ({VERSION_KEY: b"0"}, "0"), ({}, "none"), (None, "none"), ({b"x": b"1"}, "none")],
+    [
+        ({VERSION_KEY: str(SCHEMA_VERSION + 1).encode()}, str(SCHEMA_VERSION + 1)),
+        ({VERSION_KEY: b"0"}, "0"),
+        ({}, "none"),
+        (None, "none"),
+        ({b"x": b"1"}, "none"),
+    ],
 )
 def test_experience_of_another_version_is_refused_with_both_numbers(metadata, found):
     message = f"^experience has schema version {found}, this program reads version {SCHEMA_VERSION}; "

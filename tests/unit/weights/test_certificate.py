@@ -53,7 +53,9 @@ def test_a_difference_above_the_tolerance_names_worker_version_place_and_both_nu
 def test_a_number_that_is_not_finite_never_proves_anything(number, place):
     served = [-1.0, -2.0, -3.0]
     served[place] = number
-    with pytest.raises(WeightsError, match=f"for probe token {place + 1} it gives log-probability {number:.6f}"):
+    with pytest.raises(
+        WeightsError, match=f"for probe token {place + 1} it gives log-probability {number:.6f}"
+    ):
         proof(served, tolerance_nats=math.inf if math.isnan(number) else 1e9)
 
 

@@ -119,7 +119,9 @@ def test_damage_of_any_one_byte_names_its_tensor(data):
     place = data.draw(st.integers(0, payload[victim].size - 1))
     payload[victim][place] ^= data.draw(st.integers(1, 255))
     name = manifest.tensors[victim].name
-    with pytest.raises(WeightsError, match=f"^weight snapshot version 3: tensor {name} has digest ") as caught:
+    with pytest.raises(
+        WeightsError, match=f"^weight snapshot version 3: tensor {name} has digest "
+    ) as caught:
         verify(manifest, payload)
     assert manifest.tensors[victim].digest in str(caught.value)
     assert str(caught.value).endswith("the bytes were damaged on their way")
@@ -140,7 +142,7 @@ def test_a_cut_tensor_is_found():
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_missing_or_surplus_tensor_is_counted(count):
     manifest, payload = snapshot(one=torch.zeros(3), two=torch.ones(3))
-    others = (payload + [np.zeros(4, np.uint8)])[:count]
+    others = [*payload, np.zeros(4, np.uint8)][:count]
     message = f"^weight snapshot version 7 holds {count} tensors, its manifest names 2$"
     with pytest.raises(WeightsError, match=message):
         verify(manifest, others)

@@ -1,0 +1,105 @@
+"""What is decided before a worker starts: which checkpoint each role gets, and which prompts are shown."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlhf_dist.config import parse_config
+from rlhf_dist.driver.preparation import Models, check_inputs, role_models, shares
+from rlhf_dist.driver.run import _sample_rows
+from rlhf_dist.errors import ConfigError, ModelError
+
+FUNCTION = {"kind": "function", "path": "rlhf_dist.tasks.support_desk:reward"}
+REWARD_MODEL = {"kind": "model", "model": "hub/reward"}
+
+
+def config(**sections):
+    tree = {
+        "run": {"dir": "runs/x"},
+        "policy": {"model": "task:support-desk"},
+        "reward": [FUNCTION],
+        "data": {"prompts": "p.jsonl"},
+    }
+    return parse_config(tree | sections, source="test")
+
+
+# ------------------------------------------------------------------------------------------ role_models
+
+
+def test_value_and_reference_start_from_the_policy():
+    assert role_models(config(), "start") == Models(policy="start", value="start", reference="start")
+
+
+def test_the_value_model_starts_from_the_first_reward_model():
+    second = REWARD_MODEL | {"model": "hub/other", "name": "other"}
+    assert role_models(config(reward=[FUNCTION, REWARD_MODEL, second]), "start").value == "hub/reward"
+
+
+def test_configured_checkpoints_come_first():
+    chosen = config(reward=[REWARD_MODEL], value={"model": "hub/value"}, reference={"model": "hub/reference"})
+    assert role_models(chosen, "start") == Models("start", "hub/value", "hub/reference")
+
+
+def test_a_role_that_the_algorithm_does_not_need_gets_none():
+    chosen = config(algorithm={"name": "ppo", "kl": {"coef": 0}}, reference={"model": "hub/reference"})
+    assert role_models(chosen, "start") == Models("start", "start", None)
+
+
+# ----------------------------------------------------------------------------------------- check_inputs
+
+
+def test_inputs_that_are_there_are_accepted():
+    check_inputs(config())
+
+
+def test_a_reward_function_that_is_not_there_is_found_before_anything_starts():
+    with pytest.raises(ConfigError, match="has no function 'rewrad'"):
+        check_inputs(config(reward=[FUNCTION | {"path": "rlhf_dist.tasks.support_desk:rewrad"}]))
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "role"),
+    [
+        ("policy", {"model": "{}"}, "policy"),
+        ("value", {"model": "{}"}, "value"),
+        ("reference", {"model": "{}"}, "reference"),
+        ("reward", [{"kind": "model", "model": "{}"}], "reward"),
+    ],
+)
+def test_a_checkpoint_folder_that_is_not_there_is_named_with_its_role(section, value, role, tmp_path):
+    missing = str(tmp_path / "missing")
+    filled = [value[0] | {"model": missing}] if isinstance(value, list) else {"model": missing}
+    with pytest.raises(ModelError, match=f"^{role} model: folder '{missing}' does not exist$"):
+        check_inputs(config(**{section: filled}))
+
+
+def test_a_folder_without_a_configuration_is_no_checkpoint(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json; it is not a checkpoint folder"):
+        check_inputs(config(policy={"model": str(tmp_path)}))
+
+
+# ------------------------------------------------------------------------------------- shares and rows
+
+
+def test_shares_are_by_role():
+    chosen = shares(config(rollout={"num_workers": 3}, learner={"num_workers": 1}), node_cpus=10)
+    assert {role: (share.role, share.num_workers) for role, share in chosen.items()} == {
+        "rollout": ("rollout", 3),
+        "scoring": ("scoring", 1),
+        "learner": ("learner", 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "count", "rows"),
+    [
+        (101, 3, [0, 50, 100]),
+        (10, 4, [0, 3, 6, 9]),
+        (100, 1, [0]),
+        (2, 5, [0, 1]),
+        (1, 3, [0]),
+        (7, 0, []),
+    ],
+)
+def test_sample_prompts_are_spread_evenly_over_the_data_set(num_rows, count, rows):
+    assert _sample_rows(num_rows, count) == rows

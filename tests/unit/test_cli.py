@@ -1,0 +1,193 @@
+"""The command line: what a dry run shows and leaves alone, and with which code each failure ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import rlhf_dist
+from rlhf_dist.cli import app
+from rlhf_dist.config import Config, parse_config
+
+SETTINGS = {
+    "run": {"dir": "runs/dry", "num_steps": 3},
+    "policy": {"model": "task:support-desk"},
+    "reward": [{"kind": "function", "path": "rlhf_dist.tasks.support_desk:reward"}],
+    "data": {"prompts": "task:support-desk"},
+    "sft": {"demonstrations": "task:support-desk"},
+    "rollout": {"num_workers": 3},
+}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """A configuration in an otherwise empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SETTINGS))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def process_as_before(monkeypatch):
+    """A command changes the import path and the handler of SIGTERM of its process, which here is ours."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_process_may_start(monkeypatch):
+    """Whatever would start one fails the test."""
+
+    def refuse(*args, **_):
+        raise AssertionError(f"a process was to be started: {args}")
+
+    for name in ("subprocess.Popen.__init__", "os.fork", "os.posix_spawn", "ray.init"):
+        monkeypatch.setattr(name, refuse)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+# -------------------------------------------------------------------------------------------- dry run
+
+
+def test_a_dry_run_prints_every_section_and_the_workers_and_starts_nothing(file):
+    result = invoke("train", file, "learner.zero_stage=3", "--dry-run")
+    assert result.exit_code == 0, result.output
+    printed, table = result.stdout.split("Workers, for nodes of ")
+    tree = yaml.safe_load(printed)
+    assert list(tree) == list(Config.model_fields)
+    expected = parse_config(SETTINGS | {"learner": {"zero_stage": 3}}, source="test")
+    assert parse_config(tree, source="printed") == expected
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
+    assert [(row[0], row[1], row[2], row[-1]) for row in rows] == [
+        ("rollout", "ray::RolloutWorker", "3", "vLLM"),
+        ("scoring", "ray::ScoringWorker", "1", "transformers"),
+        ("learner", "ray::LearnerWorker", "2", "DeepSpeed ZeRO-3"),
+        ("queue", "ray::ExperienceQueue", "1", "Arrow by reference"),
+    ]
+
+
+def test_a_dry_run_makes_no_file(file):
+    assert invoke("train", file, "--dry-run").exit_code == 0
+    assert [path.name for path in file.parent.iterdir()] == ["run.yaml"]
+
+
+def test_a_dry_run_checks_the_inputs(file):
+    result = invoke("train", file, "reward.0.path=no_such_rewards:score", "--dry-run")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(
+        "error: reward function 'no_such_rewards:score': module 'no_such_rewards'"
+    )
+    assert result.stdout == ""
+
+
+def test_reward_functions_may_lie_in_the_working_folder(file):
+    (file.parent / "rewards_of_this_folder.py").write_text("def score(*_):\n    return []\n")
+    result = invoke("train", file, "reward.0.path=rewards_of_this_folder:score", "--dry-run")
+    assert result.exit_code == 0, result.output
+
+
+# ----------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("rollout.num_worker=1",), 2, "unknown key rollout.num_worker; did you mean rollout.num_workers?"),
+        (("run.num_steps=0",), 2, "run.num_steps=0: input should be greater than or equal to 1"),
+        (("run.seed",), 2, "'run.seed' is not an override"),
+        (("policy.model=./no-such-folder",), 4, "policy model: folder './no-such-folder' does not exist"),
+        (
+            ("--resume", "--overwrite"),
+            1,
+            "--resume goes on with a run and --overwrite deletes it",
+        ),
+    ],
+)
+def test_a_mistake_is_one_message_on_stderr_and_a_code(arguments, code, message, file):
+    result = invoke("train", file, *arguments, "--dry-run")
+    assert result.exit_code == code
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_a_missing_file_ends_with_the_code_of_the_configuration(file):
+    result = invoke("train", file.with_name("rum.yaml"), "--dry-run")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: configuration file {file.with_name('rum.yaml')} does not exist")
+
+
+def test_a_run_folder_in_the_way_is_found_before_anything_starts(file):
+    (file.parent / "runs" / "dry" / "checkpoints").mkdir(parents=True)
+    result = invoke("train", file)
+    assert result.exit_code == 2
+    assert "already holds a run; pass --resume" in result.stderr
+
+
+def test_with_verbose_the_error_keeps_its_trace(file):
+    result = invoke("train", file, "run.num_steps=0", "--dry-run", "--verbose")
+    assert type(result.exception).__name__ == "ConfigError"
+    assert result.exception.__traceback__ is not None
+
+
+def test_a_fault_of_the_program_is_not_swallowed(file, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("rlhf_dist.driver.dry_run.print_plan", broken)
+    assert isinstance(invoke("train", file, "--dry-run").exception, ZeroDivisionError)
+
+
+def test_an_interrupt_says_how_to_go_on(file, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_dist.driver.dry_run.print_plan", interrupted)
+    result = invoke("train", file, "--dry-run")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; continue from the last checkpoint with --resume\n"
+
+
+def test_a_polite_kill_ends_the_command_in_order(file, monkeypatch):
+    def killed(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("rlhf_dist.driver.dry_run.print_plan", killed)
+    assert invoke("train", file, "--dry-run").exit_code == 143
+
+
+# -------------------------------------------------------------------------------------------- version
+
+
+def test_version_prints_the_version():
+    result = invoke("version")
+    assert (result.exit_code, result.stdout) == (0, f"{rlhf_dist.__version__}\n")
+
+
+def test_the_package_can_be_run_as_a_module(monkeypatch):
+    monkeypatch.undo()  # this one is to start a process
+    command = [sys.executable, "-m", "rlhf_dist", "version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{rlhf_dist.__version__}\n", "")
+
+
+def test_the_command_line_answers_before_heavy_modules_are_imported(monkeypatch):
+    monkeypatch.undo()
+    code = (
+        "import sys, rlhf_dist.cli; print(sorted({'ray', 'torch', 'vllm', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
