@@ -13,7 +13,6 @@ import ray
 
 from rlhf_dist.errors import ResourceError
 
-
 CONNECT_TIMEOUT_S = 10
 REMEDY = "start one with `ray start --head`, or leave out --address and RAY_ADDRESS for a local instance"
 
@@ -48,7 +47,8 @@ def _check_address(target: str) -> None:
         return
     if "://" in target:
         raise ResourceError(
-            f"the address {target!r} is not of the form HOST:PORT; from outside the cluster use `ray job submit`"
+            f"the address {target!r} is not of the form HOST:PORT; "
+            "from outside the cluster use `ray job submit`"
         )
     host, _, port = target.rpartition(":")
     try:

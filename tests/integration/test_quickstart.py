@@ -62,8 +62,8 @@ def test_run_folder_has_everything(quickstart):
     assert config["learner"]["zero_stage"] == 2
     assert config["algorithm"]["gamma"] == 1.0, "defaults are written out"
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
-        "step-000020",
-        "step-000040",
+        "step-000015",
+        "step-000030",
     ]
     answers = json.loads((run.folder / "answers.json").read_text())
     assert len(answers["prompts"]) == len(answers["before"]) == len(answers["after"]) == 3
