@@ -28,6 +28,23 @@ def load_model(auto_class: Any, model: str, *, dtype: torch.dtype, role: str, **
         return auto_class.from_pretrained(model, dtype=dtype, **kwargs)
 
 
+def set_mode(transformer: Any, *, gradient_checkpointing: bool) -> None:
+    """No cache, no dropout (the ratios of a step's first update are then 1), activations kept or not.
+
+    transformers checkpoints gradients in training mode only, so dropout must be switched off by itself.
+    """
+    transformer.config.use_cache = False
+    transformer.eval()
+    if gradient_checkpointing:
+        transformer.train()
+        transformer.gradient_checkpointing_enable()
+        for module in transformer.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+
+
 def load_tokenizer(model: str, role: str) -> Any:
     """The tokenizer that belongs to a checkpoint.
 

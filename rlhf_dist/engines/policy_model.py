@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from rlhf_dist.engines.loading import load_model
+from rlhf_dist.engines.loading import load_model, set_mode
 from rlhf_dist.ops.logprobs import logprobs_and_entropy, logprobs_from_logits, next_tokens
 
 
@@ -14,14 +14,10 @@ class PolicyModel(nn.Module):
     """A causal language model whose forward pass gives the response tokens' log-probabilities."""
 
     def __init__(self, model: str, *, dtype: torch.dtype, gradient_checkpointing: bool = False) -> None:
-        """Load the model in evaluation mode: without dropout the first update's ratios are exactly 1."""
+        """Load the model; see `set_mode`."""
         super().__init__()
         self.lm = load_model(AutoModelForCausalLM, model, dtype=dtype, role="policy")
-        self.lm.config.use_cache = False
-        self.lm.eval()
-        if gradient_checkpointing:
-            self.lm.train()
-            self.lm.gradient_checkpointing_enable()
+        set_mode(self.lm, gradient_checkpointing=gradient_checkpointing)
 
     def forward(
         self,

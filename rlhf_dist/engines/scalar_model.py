@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from rlhf_dist.engines.loading import load_model
+from rlhf_dist.engines.loading import load_model, set_mode
 from rlhf_dist.engines.policy_model import align_responses
 from rlhf_dist.errors import ModelError
 
@@ -38,11 +38,7 @@ class ScalarModel(nn.Module):
         with torch.no_grad():
             self.head.weight.copy_(head_weight)
             self.head.bias.zero_()
-        self.backbone.config.use_cache = False
-        self.backbone.eval()
-        if gradient_checkpointing:
-            self.backbone.train()
-            self.backbone.gradient_checkpointing_enable()
+        set_mode(self.backbone, gradient_checkpointing=gradient_checkpointing)
 
     def scalars(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """[B, S] float32: one number a position."""
