@@ -81,16 +81,21 @@ def session_of(process):
         return None
 
 
-def submit(address, environment, *arguments):
-    return subprocess.run(
-        [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *arguments],
-        env=environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+def submit(address, environment, *arguments, deadline_s=60):
+    """`ray job submit`, again while the new cluster's agent has not reported yet."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        job = subprocess.run(
+            [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *arguments],
+            env=environment,
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        if "No available agent" not in job.stderr or time.monotonic() > deadline:
+            return job
 
 
 def test_submit_follow_and_result(cluster, tmp_path):

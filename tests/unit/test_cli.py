@@ -38,7 +38,7 @@ def file(tmp_path, monkeypatch):
 def process_as_before(monkeypatch):
     """A command changes the import path and the handler of SIGTERM of its process, which here is ours."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    handler = signal.getsignal(signal.SIGTERM)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
     yield
     signal.signal(signal.SIGTERM, handler)
 

@@ -60,6 +60,19 @@ def test_a_save_that_fails_leaves_the_older_checkpoints_and_no_half_one(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["step-000010"]
 
 
+def test_a_crash_before_the_files_are_synced_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    save(tmp_path, 5)
+
+    def crash(folder):
+        assert (folder / "state.json").exists()
+        raise OSError("power cut")
+
+    monkeypatch.setattr("rlhf_dist.driver.checkpoint._sync", crash)
+    with pytest.raises(OSError, match="power cut"):
+        save(tmp_path, 10)
+    assert listed(tmp_path) == ["step-000005"]
+
+
 def test_a_step_that_is_saved_again_replaces_its_checkpoint(tmp_path):
     save(tmp_path, 5, learner=FakeLearner("first"))
     path = save(tmp_path, 5, learner=FakeLearner("second"))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_dist.errors import RunError
-from rlhf_dist.experience.samples import Samples, SequenceBatch
+from rlhf_dist.experience.samples import Samples, SequenceBatch, _ragged
 from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA
 
 PER_TOKEN = ("response_mask", "rollout_logprobs", "policy_versions", "ref_logprobs")
@@ -123,6 +123,14 @@ def test_a_slice_of_a_batch_reads_its_own_rows(start, length, completion, scored
     sliced = Samples.from_batches([whole.slice(start, length)])
     assert_equal(sliced, Samples.from_batches([scored(completions[start : start + length])]))
     assert sliced.ordinals.tolist() == list(range(start, start + length))
+
+
+def test_a_slice_of_a_list_column_has_offsets_from_zero():
+    lists = pa.array([[1, 2], [3], [], [4, 5, 6], [7]], pa.list_(pa.int32()))
+    values, offsets = _ragged(pa.chunked_array([lists.slice(1, 3)]))
+    assert values.tolist() == [3, 4, 5, 6]
+    assert offsets.tolist() == [0, 1, 1, 4]
+    assert values.flags.writeable
 
 
 def test_slices_together_are_the_whole(completion, scored):
