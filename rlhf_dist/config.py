@@ -50,14 +50,15 @@ class ValueSettings(Section):
     """The critic."""
 
     model: str | None = None
-    """Checkpoint folder or hub name. None: the first reward model, else the starting policy."""
+    """Checkpoint folder or hub name, with the policy's tokenizer. None: the first reward model that has it,
+    else the starting policy."""
 
 
 class ReferenceSettings(Section):
     """The policy that the KL is measured to."""
 
     model: str | None = None
-    """Checkpoint folder or hub name. None: the starting policy."""
+    """Checkpoint folder or hub name, with the policy's tokenizer. None: the starting policy."""
 
 
 class ExperienceSettings(Section):

@@ -28,6 +28,9 @@ from rlhf_dist.ops.masked import masked_mean, masked_whiten
 from rlhf_dist.ops.returns import gae, shape_rewards
 from rlhf_dist.settings import Section
 
+NO_SPREAD = 1e-12
+"""Variance of returns below which there is nothing to explain: rounding, not differences."""
+
 
 class KLSettings(Section):
     """The penalty for leaving the reference policy, taken off each token's reward."""
@@ -161,7 +164,9 @@ class Recipe:
 def _explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect value model, 0 one that knows nothing."""
     total = _variance(returns, mask)
-    return float(1 - _variance(returns - values, mask) / total) if total > 0 else 0.0
+    if total < NO_SPREAD:
+        return 0.0
+    return float(1 - _variance(returns - values, mask) / total)
 
 
 def _variance(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

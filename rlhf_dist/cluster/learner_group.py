@@ -19,7 +19,7 @@ class LearnerGroup(RankGroup):
     """Consumes references to experience batches, produces weight snapshots."""
 
     def __init__(self, share: RoleShare, cluster: ClusterSettings) -> None:
-        """Begin to start the ranks."""
+        """Create the ranks."""
         super().__init__(LearnerWorker, share, cluster)
 
     def step(self, batches: list[ray.ObjectRef], step: int, temperature: float) -> dict[str, float]:

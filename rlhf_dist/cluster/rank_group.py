@@ -29,10 +29,7 @@ class RankGroup:
         meeting = self.workers.call(0, "open_rendezvous", action="open a rendezvous")
         rendezvous = wait_for(meeting, self.cluster.start_timeout_s)
         kwargs["collective_timeout_s"] = self.cluster.step_timeout_s
-        return [
-            self.workers.call(rank, "start", rendezvous, *args, action="load its models", **kwargs)
-            for rank in range(len(self.workers))
-        ]
+        return self.workers.start(rendezvous, *args, action="load its models", **kwargs)
 
     def export_policy(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, without its tokenizer."""

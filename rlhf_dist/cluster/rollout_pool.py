@@ -29,7 +29,7 @@ class RolloutPool:
         prompts: pa.Table,
         **worker_arguments: Any,
     ) -> None:
-        """Begin to start the workers; see `RolloutWorker` for its arguments.
+        """Create the workers; see `RolloutWorker` for its arguments.
 
         Args:
             prompts: the tokenized data set; put into the object store once, mapped by every worker.
@@ -44,11 +44,9 @@ class RolloutPool:
             RolloutWorker, share, placement_timeout_s=cluster.placement_timeout_s, arguments=arguments
         )
 
-    def wait_until_ready(self) -> None:
-        """Until every engine is up."""
-        self._workers.call_all(
-            "ready", action="start its vLLM engine", timeout_s=self._cluster.start_timeout_s
-        )
+    def start(self) -> list[Call]:
+        """Have every engine begin to load; wait for the calls to know that it did."""
+        return self._workers.start(action="start its vLLM engine")
 
     def generate(
         self, prompts: Sequence[tuple[int, int]], temperature: float

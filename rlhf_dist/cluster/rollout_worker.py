@@ -31,22 +31,24 @@ class RolloutWorker:
         prompts: pa.Table,
         seed: int,
     ) -> None:
-        """Start the engine.
+        """Take note of what `start` will load.
 
         Args:
             model: checkpoint of the starting policy.
             prompts: the data set, tokenized; shared memory of the node.
             seed: of the run.
         """
+        self._name, self._settings, self._seed = name, settings, seed
+        self._model, self._dtype, self._prompts = model, dtype, prompts
+        self._context_tokens, self._tolerance_nats = context_tokens, probe_tolerance_nats
+
+    def start(self) -> None:
+        """Load the model into a vLLM engine."""
         from rlhf_dist.engines.vllm_engine import VLLMEngine
 
-        self._name, self._settings, self._seed = name, settings, seed
-        self._prompts = prompts
-        self._context_tokens, self._tolerance_nats = context_tokens, probe_tolerance_nats
-        self._engine = VLLMEngine(model, settings, context_tokens=context_tokens, dtype=dtype)
-
-    def ready(self) -> None:
-        """Answers once the engine is up."""
+        self._engine = VLLMEngine(
+            self._model, self._settings, context_tokens=self._context_tokens, dtype=self._dtype
+        )
 
     def generate(
         self, prompts: Sequence[tuple[int, int]], temperature: float

@@ -30,7 +30,7 @@ class ScoringPool:
         reference_model: str | None,
         policy_model: str,
     ) -> None:
-        """Begin to start the workers; see `ScoringWorker` for its arguments."""
+        """Create the workers; see `ScoringWorker` for its arguments."""
         self._cluster = cluster
         self._workers = Workers(
             ScoringWorker,
@@ -43,9 +43,9 @@ class ScoringPool:
         )
         self._num_samples_open = [0] * len(self._workers)
 
-    def wait_until_ready(self) -> None:
-        """Until every model is loaded."""
-        self._workers.call_all("ready", action="load its models", timeout_s=self._cluster.start_timeout_s)
+    def start(self) -> list[Call]:
+        """Have every worker begin to load; wait for the calls to know that it did."""
+        return self._workers.start(action="load its models")
 
     def score(
         self, rollouts: Iterable[tuple[ray.ObjectRef, int]], temperature: float

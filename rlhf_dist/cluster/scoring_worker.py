@@ -25,24 +25,26 @@ class ScoringWorker:
         reference_model: str | None,
         policy_model: str,
     ) -> None:
-        """Load the models and functions. Arguments as of `ScorerEngine`."""
+        """Take note of what `start` will load. Arguments as of `ScorerEngine`."""
+        self._settings, self._rewards = settings, rewards
+        self._reference_model, self._policy_model = reference_model, policy_model
+
+    def start(self) -> None:
+        """Load the models and functions."""
         import torch
 
         from rlhf_dist.engines.loading import torch_dtype
         from rlhf_dist.engines.scorer_engine import ScorerEngine
 
-        on_gpu = settings.gpus_per_worker > 0
+        on_gpu = self._settings.gpus_per_worker > 0
         self._engine = ScorerEngine(
-            rewards,
-            reference_model=reference_model,
-            policy_model=policy_model,
-            max_tokens_per_micro_batch=settings.max_tokens_per_micro_batch,
-            dtype=torch_dtype(settings.dtype, on_gpu=on_gpu),
+            self._rewards,
+            reference_model=self._reference_model,
+            policy_model=self._policy_model,
+            max_tokens_per_micro_batch=self._settings.max_tokens_per_micro_batch,
+            dtype=torch_dtype(self._settings.dtype, on_gpu=on_gpu),
             device=torch.device("cuda" if on_gpu else "cpu"),
         )
-
-    def ready(self) -> None:
-        """Answers once everything is loaded."""
 
     def score(self, rollouts: pa.RecordBatch, temperature: float) -> tuple[pa.RecordBatch, BatchInfo]:
         """The scored batch, and what the queue may know of it."""

@@ -53,6 +53,10 @@ class Workers:
         calls = [self.call(index, method, *args, action=action, **kwargs) for index in range(len(self))]
         return wait_for_all(calls, timeout_s)
 
+    def start(self, *args: Any, action: str, **kwargs: Any) -> list[Call]:
+        """Have every worker begin to load; wait for the calls to know that they did."""
+        return [self.call(index, "start", *args, action=action, **kwargs) for index in range(len(self))]
+
     def end(self) -> None:
         """Kill the actors and give their room back."""
         for actor in self.actors:

@@ -13,8 +13,8 @@ from rlhf_dist.config import Config
 from rlhf_dist.data.prompts import PromptSet, load_prompts
 from rlhf_dist.data.sources import TASK_PREFIX, task_function
 from rlhf_dist.driver.run_folder import RunFolder
-from rlhf_dist.engines.loading import check_checkpoint, context_limit, load_tokenizer
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.engines.loading import check_checkpoint, context_limit, load_tokenizer, same_tokens
+from rlhf_dist.errors import ConfigError, ModelError
 from rlhf_dist.rewards.functions import load_function
 from rlhf_dist.rewards.settings import FunctionRewardSettings, ModelRewardSettings
 
@@ -61,6 +61,12 @@ def prepare(config: Config, policy: str) -> Prepared:
     """
     check_inputs(config)
     tokenizer = load_tokenizer(policy, "policy")
+    for role, model in (("value", config.value.model), ("reference", config.reference.model)):
+        if model is not None and not same_tokens(load_tokenizer(model, role), tokenizer):
+            raise ModelError(
+                f"{role} model {model!r} has another tokenizer than the policy, whose tokens it would be "
+                f"given; name a model of the same family, or leave {role}.model out"
+            )
     limit = context_tokens(config, policy)
     max_prompt_tokens = _max_prompt_tokens(config, limit)
     return Prepared(load_prompts(config.data, tokenizer, max_prompt_tokens=max_prompt_tokens), limit)
@@ -91,13 +97,21 @@ def role_models(config: Config, policy: str) -> Models:
         policy: the starting policy, after the supervised stage if there is one.
     """
     needs = make_algorithm(config.algorithm).needs
-    reward_models = [reward.model for reward in config.reward if isinstance(reward, ModelRewardSettings)]
-    value = config.value.model or (reward_models[0] if reward_models else policy)
     return Models(
         policy=policy,
-        value=value if needs.value_model else None,
+        value=(config.value.model or _value_start(config, policy)) if needs.value_model else None,
         reference=(config.reference.model or policy) if needs.reference else None,
     )
+
+
+def _value_start(config: Config, policy: str) -> str:
+    """The first reward model that reads the policy's tokens, else the policy."""
+    for reward in config.reward:
+        if isinstance(reward, ModelRewardSettings) and same_tokens(
+            load_tokenizer(reward.model, "reward"), load_tokenizer(policy, "policy")
+        ):
+            return reward.model
+    return policy
 
 
 def shares(config: Config, *, node_cpus: float) -> dict[str, RoleShare]:

@@ -156,7 +156,8 @@ def _roles(
     )
     roles = Roles(rollout, scoring, queue, learner)
     try:
-        started = learner.start(
+        started = rollout.start() + scoring.start()
+        started += learner.start(
             config.learner,
             config.algorithm,
             policy_model=models.policy,
@@ -164,8 +165,6 @@ def _roles(
             num_steps=config.run.num_steps,
             seed=config.run.seed,
         )
-        rollout.wait_until_ready()
-        scoring.wait_until_ready()
         wait_for_all(started, cluster.start_timeout_s)
         yield roles
     finally:

@@ -87,6 +87,11 @@ def _loading(what: str, model: str) -> Iterator[None]:
         raise ModelError(f"{what} {model!r} cannot be loaded: {reason[0]}") from error
 
 
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give every token the same number."""
+    return one.get_vocab() == other.get_vocab()
+
+
 def vocabulary_size(model: str) -> int:
     """Rows of a checkpoint's embedding."""
     with _loading("policy model", model):

@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from rlhf_dist.data.batching import micro_batches
-from rlhf_dist.engines.loading import load_tokenizer
+from rlhf_dist.engines.loading import load_tokenizer, same_tokens
 from rlhf_dist.engines.policy_model import PolicyModel
 from rlhf_dist.engines.scalar_model import RewardModel
 from rlhf_dist.experience.samples import SequenceBatch
@@ -112,7 +112,10 @@ class RewardModelPart:
         self._name = f"reward model {settings.model!r}"
         self._tokenizer = load_tokenizer(settings.model, "reward")
         policy_tokenizer = load_tokenizer(policy_model, "policy")
-        self._same_tokens = _speak_the_same(self._tokenizer, policy_tokenizer)
+        self._same_tokens = (
+            same_tokens(self._tokenizer, policy_tokenizer)
+            and self._tokenizer.chat_template == policy_tokenizer.chat_template
+        )
         self._model = RewardModel(settings.model, dtype=dtype).to(device)
         self._max_tokens, self._device = max_tokens_per_micro_batch, device
 
@@ -172,7 +175,3 @@ def _lists(column: pa.ListArray) -> list[np.ndarray]:
     """The rows of a list column, sharing its memory."""
     values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
     return [values[start:end] for start, end in pairwise(offsets)]
-
-
-def _speak_the_same(one: Any, other: Any) -> bool:
-    return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template

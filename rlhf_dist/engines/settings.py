@@ -70,7 +70,7 @@ class RolloutSettings(WorkerSettings):
     """How responses are sampled."""
     dtype: DTypeName | None = None
     """Weights and activations. None: float32 on CPU, bfloat16 on GPU."""
-    context_tokens: int | None = Field(default=None, ge=2)
+    context_tokens: int | None = Field(default=None, ge=8)
     """Prompt and response together, at most. None: the policy's own limit."""
     max_num_seqs: int = Field(default=128, ge=1)
     """Sequences that an engine decodes at the same time."""

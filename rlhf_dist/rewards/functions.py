@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rlhf_dist.errors import ConfigError, RewardError
@@ -57,6 +57,8 @@ def call_function(
     """
     try:
         scores = function(prompts, responses, columns)
+        if isinstance(scores, Iterator):  # what a generator raises is the function's doing, too
+            scores = list(scores)
     except Exception as error:  # whatever a user's code may raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(

@@ -84,11 +84,12 @@ class RunningCommand:
                 continue
         return found
 
-    def assert_nothing_left(self, deadline_s: float = ORPHAN_DEADLINE_S) -> None:
-        """No process of the run is alive `deadline_s` after its end."""
-        _, alive = psutil.wait_procs(self.processes(), timeout=deadline_s)
-        names = [" ".join(process.cmdline()) for process in alive]
-        assert not names, f"left behind: {names}"
+    def assert_nothing_left(self) -> None:
+        """No process of the run is alive `ORPHAN_DEADLINE_S` after its end."""
+        deadline = time.monotonic() + ORPHAN_DEADLINE_S
+        while (alive := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not alive, f"left behind: {[process.name() for process in alive]}"
 
 
 Start = Callable[..., RunningCommand]

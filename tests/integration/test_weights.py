@@ -11,6 +11,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_dist.cluster.calls import wait_for_all
 from rlhf_dist.cluster.placement import share_out
 from rlhf_dist.cluster.rollout_pool import RolloutPool
 from rlhf_dist.cluster.session import ray_session
@@ -62,7 +63,7 @@ def pool(policy):
             probe_tolerance_nats=1e-4,
             seed=3,
         )
-        workers.wait_until_ready()
+        wait_for_all(workers.start(), timeout_s=120)
         yield workers
         workers.end()
 
