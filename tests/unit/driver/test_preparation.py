@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rlhf_dist.config import parse_config
-from rlhf_dist.driver.preparation import Models, check_inputs, role_models, shares
+from rlhf_dist.driver.preparation import Models, check_inputs, prepare, role_models, shares
 from rlhf_dist.driver.run import _sample_rows
 from rlhf_dist.errors import ConfigError, ModelError
+from rlhf_dist.tasks.tiny_models import save_tiny_causal_lm, save_tiny_reward_model
 
 FUNCTION = {"kind": "function", "path": "rlhf_dist.tasks.support_desk:reward"}
 REWARD_MODEL = {"kind": "model", "model": "hub/reward"}
@@ -30,9 +31,29 @@ def test_value_and_reference_start_from_the_policy():
     assert role_models(config(), "start") == Models(policy="start", value="start", reference="start")
 
 
-def test_the_value_model_starts_from_the_first_reward_model():
-    second = REWARD_MODEL | {"model": "hub/other", "name": "other"}
-    assert role_models(config(reward=[FUNCTION, REWARD_MODEL, second]), "start").value == "hub/reward"
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A policy, a reward model with its tokenizer, and one with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_causal_lm(folder / "policy", ["one two three"] * 3, seed=0, vocab_size=300)
+    save_tiny_reward_model(folder / "related", ["one two three"] * 3, seed=0, vocab_size=300)
+    save_tiny_reward_model(folder / "foreign", ["four five six seven"] * 3, seed=0, vocab_size=320)
+    return folder
+
+
+def test_the_value_model_starts_from_the_first_reward_model_that_reads_the_policys_tokens(models):
+    foreign = REWARD_MODEL | {"model": str(models / "foreign"), "name": "foreign"}
+    related = REWARD_MODEL | {"model": str(models / "related"), "name": "related"}
+    policy = str(models / "policy")
+    assert role_models(config(reward=[FUNCTION, foreign, related]), policy).value == related["model"]
+    assert role_models(config(reward=[FUNCTION, foreign]), policy).value == policy
+
+
+@pytest.mark.parametrize("role", ["value", "reference"])
+def test_a_value_or_reference_model_of_another_family_is_refused(models, role):
+    chosen = config(**{role: {"model": str(models / "foreign")}})
+    with pytest.raises(ModelError, match=f"^{role} model .* has another tokenizer than the policy"):
+        prepare(chosen, str(models / "policy"))
 
 
 def test_configured_checkpoints_come_first():
