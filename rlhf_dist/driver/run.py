@@ -22,11 +22,12 @@ from rlhf_dist.cluster.session import cpus_of_smallest_node, ray_session
 from rlhf_dist.config import Config, to_yaml
 from rlhf_dist.data.prompts import PromptOrder
 from rlhf_dist.driver.checkpoint import RunState, list_checkpoints, read_state, save_checkpoint
+from rlhf_dist.driver.export import export_policy
 from rlhf_dist.driver.loop import Roles, publish, train
 from rlhf_dist.driver.preparation import Models, Prepared, initial_policy, prepare, role_models, shares
 from rlhf_dist.driver.run_folder import IfExists, RunFolder, write_atomically, write_json
 from rlhf_dist.driver.supervised import supervised_stage
-from rlhf_dist.engines.loading import load_tokenizer, torch_dtype, vocabulary_size
+from rlhf_dist.engines.loading import torch_dtype, vocabulary_size
 from rlhf_dist.observability.metrics import Metrics, MetricsLog, read_metrics
 from rlhf_dist.observability.progress import Progress
 from rlhf_dist.observability.report import print_report
@@ -97,8 +98,11 @@ def _reinforce(
         publish(roles, first_step, probe)
         rows = _sample_rows(len(prompts), config.run.num_sample_answers)
         if first_step == 0:
-            texts = prompts.table["prompt"].take(rows).to_pylist()
-            write_json(folder.answers, {"prompts": texts, "before": roles.rollout.answer(rows)})
+            texts = prompts.table["prompt"].to_pylist()
+            write_json(
+                folder.answers,
+                {"prompts": [texts[row] for row in rows], "before": roles.rollout.answer(rows)},
+            )
         log = MetricsLog(folder.metrics, first_step=first_step)
 
         def after_step(metrics: Metrics) -> None:
@@ -115,8 +119,7 @@ def _reinforce(
         stopwatch.take()
         train(config, roles, order, probe, first_step=first_step, stopwatch=stopwatch, after_step=after_step)
         progress.phase("exporting the policy")
-        roles.learner.export_policy(folder.policy)
-        load_tokenizer(models.policy, "policy").save_pretrained(folder.policy)
+        export_policy(roles.learner, folder.policy, tokenizer_of=models.policy)
         answers = json.loads(folder.answers.read_text(encoding="utf-8"))
         write_json(folder.answers, answers | {"after": roles.rollout.answer(rows)})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import ray
@@ -14,6 +13,7 @@ from rlhf_dist.cluster.supervised_worker import SupervisedWorker
 from rlhf_dist.config import Config
 from rlhf_dist.data.demonstrations import load_demonstrations
 from rlhf_dist.data.settings import SFTSettings
+from rlhf_dist.driver.export import export_policy
 from rlhf_dist.driver.preparation import context_tokens
 from rlhf_dist.engines.loading import load_tokenizer
 from rlhf_dist.observability.progress import Progress
@@ -30,9 +30,8 @@ def supervised_stage(
     Raises:
         RunError: the demonstrations cannot be used, or a worker failed.
     """
-    tokenizer = load_tokenizer(model, "policy")
     demonstrations = load_demonstrations(
-        sft, tokenizer, max_tokens=sft.max_tokens or context_tokens(config, model)
+        sft, load_tokenizer(model, "policy"), max_tokens=sft.max_tokens or context_tokens(config, model)
     )
     group = RankGroup(SupervisedWorker, share, config.cluster)
     try:
@@ -40,11 +39,7 @@ def supervised_stage(
         started = group.start(config.learner, sft, model=model, demonstrations=table, seed=config.run.seed)
         wait_for_all(started, config.cluster.start_timeout_s)
         _train(group, sft, timeout_s=config.cluster.step_timeout_s, progress=progress)
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        group.export_policy(temporary)
-        tokenizer.save_pretrained(temporary)
-        temporary.rename(folder)
+        export_policy(group, folder, tokenizer_of=model)
     finally:
         group.end()
 
