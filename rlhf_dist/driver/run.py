@@ -98,10 +98,10 @@ def _reinforce(
         publish(roles, first_step, probe)
         rows = _sample_rows(len(prompts), config.run.num_sample_answers)
         if first_step == 0:
-            texts = prompts.table["prompt"].to_pylist()
+            texts = [prompts.table["prompt"][row].as_py() for row in rows]
             write_json(
                 folder.answers,
-                {"prompts": [texts[row] for row in rows], "before": roles.rollout.answer(rows)},
+                {"prompts": texts, "before": roles.rollout.answer(rows)},
             )
         log = MetricsLog(folder.metrics, first_step=first_step)
 
