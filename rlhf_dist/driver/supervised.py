@@ -33,6 +33,7 @@ def supervised_stage(
     demonstrations = load_demonstrations(
         sft, load_tokenizer(model, "policy"), max_tokens=sft.max_tokens or context_tokens(config, model)
     )
+    progress.say(f"supervised stage: {sft.num_steps} steps on {len(demonstrations)} demonstrations")
     group = RankGroup(SupervisedWorker, share, config.cluster)
     try:
         table = ray.put(demonstrations.table)
