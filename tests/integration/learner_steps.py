@@ -1,7 +1,7 @@
 """Learner steps in one process, without Ray and vLLM: `python learner_steps.py FOLDER`.
 
-Standard input is a JSON list of algorithm sections. For each, a line `RESULT`, the metrics of two steps, and those of
-a third step by the same learner and by a new one that has loaded its checkpoint.
+Standard input is a JSON list of algorithm sections. For each, a line `RESULT`, the metrics of two steps,
+and those of a third step by the same learner and by a new one that has loaded its checkpoint.
 """
 
 from __future__ import annotations

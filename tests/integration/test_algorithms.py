@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ CASES = {name: {"name": name} for name in algorithm_names()} | {
     "warm-up": {"name": "ppo", "value_warmup_steps": 1},
     "early stop": {"name": "ppo", "num_epochs": 6, "target_kl": 1e-7},
     "truncated": {"name": "ppo", "correction": {"kind": "tis", "cap": 1.01}},
+    "dropped": {"name": "gspo", "correction": {"kind": "icepop"}, "kl": {"coef": 0.1}},
     "sampler's ratio": {"name": "grpo", "correction": {"old_logprobs": "rollout"}},
 }
 
@@ -85,6 +87,15 @@ def test_the_penalty_of_ppo_kl_follows_the_measured_divergence(results):
     factor = second["policy_penalty_coef"] / first["policy_penalty_coef"]
     measured = first["policy_approx_kl_last"] / 0.01
     assert factor == (2.0 if measured > 1.5 else 0.5 if measured < 1 / 1.5 else 1.0)
+
+
+def test_the_metrics_that_the_documentation_tells_to_watch_exist(results):
+    page = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `") and line.count("|") == 7]
+    named = {name for row in rows for name in re.findall("`([a-z_0-9]+)`", row[5])}
+    reported = {name for result in results.values() for metrics in result["steps"] for name in metrics}
+    assert len(named) > 20
+    assert named <= reported
 
 
 @pytest.mark.parametrize(
