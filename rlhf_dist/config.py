@@ -151,6 +151,12 @@ class Config(Section):
                 f"algorithm.num_minibatches={self.algorithm.num_minibatches} is more than the "
                 f"{num_samples} samples of a step (rollout.prompts_per_step x rollout.samples_per_prompt)"
             )
+        if self.rollout.samples_per_prompt < self.algorithm.min_samples_per_prompt:
+            raise ValueError(
+                f"algorithm.name={self.algorithm.name} compares responses to the same prompt: "
+                f"rollout.samples_per_prompt={self.rollout.samples_per_prompt} must be at least "
+                f"{self.algorithm.min_samples_per_prompt}"
+            )
         if self.experience.max_samples < num_samples:
             raise ValueError(
                 f"experience.max_samples={self.experience.max_samples} cannot hold the {num_samples} samples "
@@ -184,7 +190,7 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = [_explain(problem, _algorithm_sections(tree)) for problem in error.errors()]
         raise ConfigError(
             "\n".join([f"{source} cannot be used:", *(f"  {line}" for line in problems)])
         ) from error
@@ -253,11 +259,19 @@ def _set_child(place: Any, part: str, value: Any, override: str) -> None:
         raise ConfigError(f"override {override!r}: the list has {len(place)} entries, there is no {part!r}")
 
 
-def _explain(problem: Any) -> str:
+def _algorithm_sections(tree: dict[str, Any]) -> list[type[AlgorithmSettings]]:
+    """The settings of the algorithm that a tree names, of all of them where it names none there is."""
+    section = tree.get("algorithm")
+    name = section.get("name", "ppo") if isinstance(section, dict) else "ppo"
+    names = algorithms.algorithm_names()
+    return [algorithms.settings_class(each) for each in ([name] if name in names else names)]
+
+
+def _explain(problem: Any, algorithm: list[type[AlgorithmSettings]]) -> str:
     location = _location(problem["loc"])
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(location)}"
+        return f"unknown key {key}{_nearest(location, list(_known_keys(Config, algorithm)))}"
     if problem["type"] == "missing":
         return f"{key} is missing"
     if problem["type"] == "value_error":
@@ -270,9 +284,8 @@ def _location(loc: tuple[str | int, ...]) -> list[str]:
     return [str(part) for place, part in enumerate(loc) if place == 0 or not isinstance(loc[place - 1], int)]
 
 
-def _nearest(location: list[str]) -> str:
+def _nearest(location: list[str], known: list[str]) -> str:
     """`; did you mean …?` for an unknown key, looking in its own section first, then in the whole tree."""
-    known = list(_known_keys(Config))
     *section, name = [part for part in location if not part.isdigit()]
     siblings = [key for key in known if key.split(".")[:-1] == section]
     by_name = difflib.get_close_matches(name, [key.split(".")[-1] for key in siblings], n=1, cutoff=0.5)
@@ -285,18 +298,20 @@ def _nearest(location: list[str]) -> str:
     return f"; known here: {', '.join(key.split('.')[-1] for key in siblings)}" if siblings else ""
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+def _known_keys(
+    model: type[BaseModel], algorithm: list[type[AlgorithmSettings]], prefix: str = ""
+) -> Iterable[str]:
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
-        for section in _sections(field.annotation):
-            yield from _known_keys(section, f"{prefix}{name}.")
+        for section in _sections(field.annotation, algorithm):
+            yield from _known_keys(section, algorithm, f"{prefix}{name}.")
 
 
-def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
+def _sections(annotation: Any, algorithm: list[type[AlgorithmSettings]]) -> Iterable[type[BaseModel]]:
     if annotation is AlgorithmSettings:
-        yield from (algorithms.settings_class(name) for name in algorithms.algorithm_names())
+        yield from algorithm
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
         for argument in typing.get_args(annotation):
-            yield from _sections(argument)
+            yield from _sections(argument, algorithm)

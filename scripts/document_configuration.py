@@ -28,34 +28,47 @@ resolved tree.
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEADER, *_tables("", "the run", Config)]).rstrip() + "\n"
+    return "\n".join([HEADER, *_tables("", "", Config, written=set())]).rstrip() + "\n"
 
 
-def _tables(path: str, title: str, section: type[BaseModel]) -> Iterator[str]:
+def _tables(path: str, title: str, section: type[BaseModel], *, written: set[str]) -> Iterator[str]:
+    """The table of a section, less the rows that are `written` already, and those of the sections in it."""
     rows, below = [], []
     for name, field in section.model_fields.items():
         key = f"{path}.{name}" if path else name
         inner = list(_sections(field.annotation))
         if inner:
-            below += [(key, one) for one in inner]
+            below.append((key, inner))
             continue
         default = "required" if field.is_required() else _default(field)
         text = " ".join((field.description or "").split())
         rows.append(f"| `{key}` | {_type(field.annotation)} | {default} | {text} |")
-    if path:
+    rows = [row for row in rows if row not in written]
+    if path and (rows or below):
         summary = (section.__doc__ or "").strip().splitlines()[0]
         yield f"## `{path}`{title}\n\n{summary}\n"
     if rows:
         yield "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""])
-    for key, one in below:
-        several = sum(other == key for other, _ in below) > 1
-        yield from _tables(key, f": {one.__name__}" if several else "", one)
+    for key, inner in below:
+        if inner[0] is AlgorithmSettings:
+            yield from _algorithms(key)
+            continue
+        for one in inner:
+            name = f": {one.__name__}" if len(inner) > 1 else title
+            yield from _tables(key, name, one, written=written)
+
+
+def _algorithms(path: str) -> Iterator[str]:
+    """What all algorithms have, then of each what it adds or has another default for."""
+    common = list(_tables(path, "", AlgorithmSettings, written=set()))
+    yield from common
+    rows = {line for table in common for line in table.splitlines() if line.startswith("| `")}
+    for name in algorithms.algorithm_names():
+        yield from _tables(path, f" of `{name}`", algorithms.settings_class(name), written=rows)
 
 
 def _sections(annotation: object) -> Iterator[type[BaseModel]]:
-    if annotation is AlgorithmSettings:
-        yield from (algorithms.settings_class(name) for name in algorithms.algorithm_names())
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     elif not isinstance(annotation, type) or typing.get_origin(annotation):
         for argument in typing.get_args(annotation):

@@ -1,4 +1,4 @@
-"""The recipes: one file an algorithm, found by the name in the configuration."""
+"""The recipes: one file an algorithm, found by the name in the configuration. `parts` is what they share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rlhf_dist.errors import ConfigError
 
 def algorithm_names() -> list[str]:
     """The names that `algorithm.name` may have: the modules of this folder, less `base`."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    modules = pkgutil.iter_modules(__path__)
+    return sorted(module.name for module in modules if module.name != "base" and not module.ispkg)
 
 
 def settings_class(name: str) -> type[AlgorithmSettings]:

@@ -8,12 +8,16 @@ rank on the same whole batch, so estimates and the state that they update agree 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from rlhf_dist.algorithms.parts.correction import CorrectionSettings
+from rlhf_dist.algorithms.parts.kl import KLSettings
 from rlhf_dist.settings import Section
+
+Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 
 Stats = dict[str, torch.Tensor]
 """Scalars by metric name; means are over the valid tokens of the piece they were made from."""
@@ -28,14 +32,39 @@ class Needs:
 
 
 class AlgorithmSettings(Section):
-    """What every recipe has."""
+    """What every algorithm has."""
 
     name: str
-    """File name in `rlhf_dist/algorithms`."""
+    """File name in `rlhf_dist/algorithms`; `ppo` where none is given."""
     num_epochs: int = Field(default=4, ge=1, le=64)
     """Passes over each batch of experience. The first is on-policy, the others are not."""
     num_minibatches: int = Field(default=1, ge=1)
     """Optimizer updates a pass."""
+    aggregation: Aggregation = "token_mean"
+    """From tokens to the loss: the mean of all tokens; or the mean over responses of each one's sum, of
+    each one's mean, or of each one's sum over a constant. Counts are the whole minibatch's."""
+    aggregation_scale: float = Field(default=1000.0, gt=0)
+    """Tokens that `seq_mean_token_sum_norm` divides by; often the most tokens of a response."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """Mean KL a token, in nats, of the policy from the one before the step. An update that finds more is
+    the step's last. None: every epoch is done."""
+    kl: KLSettings = KLSettings()
+    """The penalty for leaving the reference policy."""
+    correction: CorrectionSettings = CorrectionSettings()
+    """The gap between the policy that sampled and the one that the learner starts a step from."""
+
+    @property
+    def min_samples_per_prompt(self) -> int:
+        """What `rollout.samples_per_prompt` must be at least."""
+        return 1
+
+    @model_validator(mode="after")
+    def _target_needs_coef(self) -> AlgorithmSettings:
+        if self.kl.target is not None and self.kl.coef == 0:
+            raise ValueError("kl.target steers kl.coef, which is 0; start it above 0")
+        return self
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,7 @@ class MicroBatch:
     """The tokens of one forward pass, and how many tokens and sequences its whole minibatch has."""
 
     mask: torch.Tensor  # [b, T]
-    old_logprobs: torch.Tensor  # [b, T]
+    old_logprobs: torch.Tensor  # [b, T] what ratios are taken to: see `CorrectionSettings.old_logprobs`
     advantages: torch.Tensor  # [b, T]
     old_values: torch.Tensor | None  # [b, T]
     returns: torch.Tensor | None  # [b, T]
@@ -72,6 +101,8 @@ class MicroBatch:
     """Valid tokens of the minibatch over all ranks: what token means divide by."""
     num_sequences: int
     """Samples with at least one valid token of the minibatch over all ranks."""
+    weights: torch.Tensor | None = None  # [b, T] of the correction, None: all 1
+    ref_logprobs: torch.Tensor | None = None  # [b, T], None without a reference
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same piece on another device."""
@@ -94,16 +125,29 @@ class Algorithm(Protocol):
     def needs(self) -> Needs:
         """Which models the recipe works with."""
 
+    def trains_policy(self, step: int) -> bool:
+        """Whether this learner step (from 0) updates the policy, or the value model only."""
+
     def estimate(self, batch: StepBatch) -> tuple[Estimates, dict[str, float]]:
         """Advantages and returns of a step, with metrics; may update the recipe's own state."""
 
     def policy_objective(
         self, logprobs: torch.Tensor, entropy: torch.Tensor, micro: MicroBatch
     ) -> tuple[torch.Tensor, Stats]:
-        """This piece's share of the policy loss, to be summed over the pieces of a minibatch."""
+        """This piece's share of the policy loss, to be summed over the pieces of a minibatch.
+
+        Its statistics have `approx_kl_k3`, of KL(old || new).
+        """
 
     def value_objective(self, values: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Stats]:
         """This piece's share of the value loss, to be summed over the pieces of a minibatch."""
+
+    def after_updates(self, approx_kl: float) -> None:
+        """Called when a step has updated the policy; may update the recipe's own state.
+
+        Args:
+            approx_kl: k3 estimate of KL(old || new) a token, of the step's last minibatch over all ranks.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs of the recipe."""

@@ -26,7 +26,7 @@ class LearnerWorker(RankWorker):
         algorithm: AlgorithmSettings,
         *,
         policy_model: str,
-        value_model: str,
+        value_model: str | None,
         num_steps: int,
         seed: int,
         collective_timeout_s: float,

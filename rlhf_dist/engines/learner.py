@@ -4,7 +4,8 @@ Consumes a batch (`Samples`), produces new policy weights. In one step, on every
 
     1. forward      values and log-probabilities under the weights before the step; each rank computes its
                     share of the batch, then the shares are exchanged
-    2. estimate     the algorithm's advantages and returns, on the whole batch
+    2. estimate     the algorithm's advantages and returns, and the correction for the gap between sampler and
+                    learner, on the whole batch
     3. update       epochs x minibatches; each rank takes its token-balanced part of a minibatch in
                     micro-batches; losses divide by the minibatch's token count over all ranks, so the
                     result does not depend on how the batch was cut
@@ -13,16 +14,19 @@ Consumes a batch (`Samples`), produces new policy weights. In one step, on every
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from rlhf_dist.algorithms.base import Algorithm, Estimates, MicroBatch, Stats, StepBatch
+from rlhf_dist.algorithms.base import Algorithm, StepBatch
+from rlhf_dist.algorithms.parts.correction import correct
 from rlhf_dist.data.batching import Plan, RankBatches, learner_plan
 from rlhf_dist.engines.collectives import GroupMetrics, sum_over_ranks
 from rlhf_dist.engines.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.engines.export import export_causal_lm
+from rlhf_dist.engines.pieces import StepData, named
 from rlhf_dist.engines.policy_model import PolicyModel
 from rlhf_dist.engines.scalar_model import ValueModel
 from rlhf_dist.engines.settings import LearnerSettings
@@ -41,7 +45,7 @@ class Learner:
         algorithm: Algorithm,
         *,
         policy_model: str,
-        value_model: str,
+        value_model: str | None,
         num_steps: int,
         dtype: torch.dtype,
         seed: int,
@@ -49,29 +53,30 @@ class Learner:
         """Load the models into DeepSpeed; the process group must exist.
 
         Args:
-            policy_model, value_model: checkpoint folders or hub names.
+            policy_model, value_model: checkpoint folders or hub names; without a value model None.
             num_steps: learner steps of the whole run, for the learning-rate schedule.
             dtype: compute dtype.
             seed: of the run; decides the shuffles of the epochs.
         """
         self._settings, self._algorithm, self._seed = settings, algorithm, seed
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
-        num_updates = num_steps * algorithm.settings.num_epochs * algorithm.settings.num_minibatches
+        updates_per_step = algorithm.settings.num_epochs * algorithm.settings.num_minibatches
+        num_policy_steps = sum(algorithm.trains_policy(step) for step in range(num_steps))
         checkpointing = settings.gradient_checkpointing
         self._policy = DeepSpeedEngine(
             PolicyModel(policy_model, dtype=dtype, gradient_checkpointing=checkpointing),
             settings,
             settings.policy_optimizer,
-            num_updates=num_updates,
+            num_updates=num_policy_steps * updates_per_step,
             dtype=dtype,
         )
         self._value: DeepSpeedEngine | None = None
-        if algorithm.needs.value_model:
+        if value_model is not None:
             self._value = DeepSpeedEngine(
                 ValueModel(value_model, dtype=dtype, role="value", gradient_checkpointing=checkpointing),
                 settings,
                 settings.value_optimizer,
-                num_updates=num_updates,
+                num_updates=num_steps * updates_per_step,
                 dtype=dtype,
             )
 
@@ -92,8 +97,14 @@ class Learner:
         )
         batch, entropies = self._forward(samples, plan, temperature)
         estimates, metrics = self._algorithm.estimate(batch)
-        metrics |= sample_metrics(samples) | token_metrics(batch, entropies)
-        return metrics | self._update(samples, plan, batch, estimates, temperature)
+        correction = correct(
+            self._algorithm.settings.correction, batch.old_logprobs, batch.rollout_logprobs, batch.mask
+        )
+        metrics |= correction.metrics | sample_metrics(samples) | token_metrics(batch, entropies)
+        data = StepData(samples, batch, estimates, correction)
+        return metrics | self._update(
+            data, plan, temperature, with_policy=self._algorithm.trains_policy(step)
+        )
 
     def snapshot(
         self, version: int, probe_tokens: Sequence[int]
@@ -159,84 +170,58 @@ class Learner:
         return batch, samples.padded(entropies)
 
     def _update(
-        self, samples: Samples, plan: Plan, batch: StepBatch, estimates: Estimates, temperature: float
+        self, data: StepData, plan: Plan, temperature: float, *, with_policy: bool
     ) -> dict[str, float]:
+        """Every epoch, or fewer where the policy goes further than `target_kl` from the old one."""
         group_metrics = GroupMetrics()
-        policy_norms, value_norms = [], []
-        for minibatches in plan.epochs:
-            for minibatch in minibatches:
-                self._accumulate(samples, minibatch, batch, estimates, temperature, group_metrics)
-                policy_norms.append(self._policy.step())
-                if self._value is not None:
-                    value_norms.append(self._value.step())
+        engines = {name: engine for name, engine in self._engines() if with_policy or name != "policy"}
+        norms: dict[str, list[float]] = {name: [] for name in engines}
+        target, approx_kl, num_updates = self._algorithm.settings.target_kl, 0.0, 0
+        for minibatch in chain.from_iterable(plan.epochs):
+            approx_kl = self._accumulate(data, minibatch, temperature, group_metrics, with_policy=with_policy)
+            for name, engine in engines.items():
+                norms[name].append(engine.step())
+            num_updates += 1
+            if target is not None and approx_kl > target:
+                break  # on every rank alike: the KL is that of all of them
         metrics = group_metrics.reduce()
-        metrics["policy_grad_norm"] = _mean(policy_norms)
-        metrics["policy_learning_rate"] = self._policy.learning_rate
-        if self._value is not None:
-            metrics["value_grad_norm"] = _mean(value_norms)
+        metrics |= {f"{name}_grad_norm": sum(each) / len(each) for name, each in norms.items()}
+        metrics |= {"num_updates": num_updates, "policy_learning_rate": self._policy.learning_rate}
+        if with_policy:
+            metrics["policy_approx_kl_last"] = approx_kl
+            self._algorithm.after_updates(approx_kl)
         return metrics
 
     def _accumulate(
         self,
-        samples: Samples,
+        data: StepData,
         minibatch: RankBatches,
-        batch: StepBatch,
-        estimates: Estimates,
         temperature: float,
         group_metrics: GroupMetrics,
-    ) -> None:
-        """Backward passes of this rank's micro-batches of one minibatch."""
-        everywhere = [index for rank in minibatch for micro in rank for index in micro]
-        tokens_by_sample = batch.mask[everywhere].sum(dim=1)
-        counts = int(tokens_by_sample.sum()), int((tokens_by_sample > 0).sum())
+        *,
+        with_policy: bool,
+    ) -> float:
+        """Backward passes of this rank's micro-batches of one minibatch.
+
+        Returns:
+            How far the policy is from the old one, in nats a token of the minibatch over all ranks (k3).
+        """
+        counts = data.counts(minibatch)
+        moved = torch.zeros(1)
         for indices in minibatch[self._rank]:
-            micro = _cut(batch, estimates, indices, samples, *counts).to(self._policy.device)
-            sequences = samples.sequences(indices).to(self._policy.device)
+            micro = data.piece(indices, *counts).to(self._policy.device)
+            sequences = data.samples.sequences(indices).to(self._policy.device)
             size = len(indices)  # 0 for an idle rank, whose pass has one row that counts for nothing
-            logprobs, entropy = self._policy(*sequences.model_inputs(), temperature)
-            loss, stats = self._algorithm.policy_objective(logprobs[:size], entropy[:size], micro)
-            self._policy.backward(loss * self._num_ranks)  # DeepSpeed averages over the ranks
-            group_metrics.add(_named("policy", loss, stats, micro), int(micro.mask.sum()))
+            num_tokens = int(micro.mask.sum())
+            if with_policy:
+                logprobs, entropy = self._policy(*sequences.model_inputs(), temperature)
+                loss, stats = self._algorithm.policy_objective(logprobs[:size], entropy[:size], micro)
+                self._policy.backward(loss * self._num_ranks)  # DeepSpeed averages over the ranks
+                group_metrics.add(named("policy", loss, stats, micro), num_tokens)
+                moved += num_tokens * float(stats["approx_kl_k3"])
             if self._value is not None:
                 values = self._value(*sequences.model_inputs())
                 loss, stats = self._algorithm.value_objective(values[:size], micro)
                 self._value.backward(loss * self._num_ranks)
-                group_metrics.add(_named("value", loss, stats, micro), int(micro.mask.sum()))
-
-
-def _named(model: str, loss: torch.Tensor, stats: Stats, micro: MicroBatch) -> Stats:
-    """Metrics of one piece; its share of the minibatch's loss becomes a mean over its own tokens."""
-    share = micro.mask.sum().clamp(min=1) / micro.num_tokens
-    return {f"{model}_{name}": value for name, value in stats.items()} | {
-        f"{model}_loss": loss.detach() / share
-    }
-
-
-def _cut(
-    batch: StepBatch,
-    estimates: Estimates,
-    indices: Sequence[int],
-    samples: Samples,
-    num_tokens: int,
-    num_sequences: int,
-) -> MicroBatch:
-    """Rows of the step's batch, no wider than the longest response among them."""
-    rows = list(indices)
-    width = int(samples.response_lengths[rows].max(initial=0))
-
-    def cut(whole: torch.Tensor | None) -> torch.Tensor | None:
-        return None if whole is None else whole[rows, :width]
-
-    return MicroBatch(
-        mask=batch.mask[rows, :width],
-        old_logprobs=batch.old_logprobs[rows, :width],
-        advantages=estimates.advantages[rows, :width],
-        old_values=cut(batch.values),
-        returns=cut(estimates.returns),
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-    )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+                group_metrics.add(named("value", loss, stats, micro), num_tokens)
+        return float(sum_over_ranks(moved, self._policy.device)) / max(counts[0], 1)

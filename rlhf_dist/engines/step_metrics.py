@@ -7,6 +7,7 @@ import torch
 from rlhf_dist.algorithms.base import StepBatch
 from rlhf_dist.experience.samples import Samples
 from rlhf_dist.ops.kl import kl_estimate
+from rlhf_dist.ops.losses import mismatch_stats
 from rlhf_dist.ops.masked import masked_mean
 
 
@@ -34,16 +35,18 @@ def token_metrics(batch: StepBatch, entropies: torch.Tensor) -> dict[str, float]
     """Over tokens: entropy, KL to the reference, and the gap between the sampling engine and the learner.
 
     `kl_ref` is the k1 estimate in nats a token (`kl_ref_k3` the other one, never negative, but carried by
-    few tokens), `kl_ref_response` its sum over a response.
+    few tokens), `kl_ref_response` its sum over a response. `rollout_learner_kl` is the k3 estimate of
+    KL(sampler || learner), `_k1` its k1 estimate; `effective_sample_size` is the share of the tokens that the
+    batch would be worth if it were weighted to be the learner's.
     """
     mask = batch.mask
-    gap = (batch.old_logprobs - batch.rollout_logprobs).abs().masked_fill(~mask, 0.0)
+    mismatch = mismatch_stats(batch.old_logprobs, batch.rollout_logprobs, mask)
     metrics = {
         "entropy": float(masked_mean(entropies, mask)),
-        "rollout_learner_gap_max": float(gap.max()) if gap.numel() else 0.0,
-        "rollout_learner_kl": float(
-            masked_mean(kl_estimate(batch.rollout_logprobs, batch.old_logprobs, "k3"), mask)
-        ),
+        "rollout_learner_gap_max": float(mismatch["abs_max"]),
+        "rollout_learner_kl": float(mismatch["kl_k3"]),
+        "rollout_learner_kl_k1": float(mismatch["kl"]),
+        "effective_sample_size": float(mismatch["ess"]),
     }
     if batch.ref_logprobs is not None:
         k1 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1")

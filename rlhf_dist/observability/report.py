@@ -41,7 +41,7 @@ def summary_table(metrics: Sequence[Metrics]) -> Table:
         if name.startswith("reward_part_")
     }
     for name, label in (ROWS | parts).items():
-        if name in metrics[0]:
+        if any(name in row for row in metrics):  # the first steps may warm up the value model only
             table.add_row(label, _mean(metrics[:width], name), _mean(metrics[-width:], name))
     return table
 

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from rlhf_dist import cli
+from rlhf_dist.algorithms import algorithm_names, settings_class
 from rlhf_dist.config import parse_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,6 +30,17 @@ def test_the_configuration_page_is_current():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.TARGET.read_text(encoding="utf-8") == module.page(), f"run: python {script.name}"
+
+
+def test_the_page_of_algorithms_has_every_algorithm_and_every_hyper_parameter():
+    page = (REPOSITORY / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    for name in algorithm_names():
+        assert f"| `{name}` |" in page
+        for key, field in settings_class(name).model_fields.items():
+            section = getattr(field.annotation, "model_fields", None)
+            keys = [f"{key}.{inner}" for inner in section] if section else [key]
+            for one in keys:
+                assert one == "name" or f"| `{one}` |" in page, one
 
 
 def test_the_readme_example_configuration_is_valid():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -354,3 +355,44 @@ def test_a_piece_without_samples_is_worth_nothing():
     recipe = ppo(entropy_coef=0.1)
     assert float(recipe.policy_objective(nothing, nothing, micro)[0]) == 0.0
     assert float(recipe.value_objective(nothing, micro)[0]) == 0.0
+
+
+# ---------------------------------------------------------------------------------- beside the surrogate
+
+
+def test_the_first_steps_may_train_the_value_model_alone():
+    recipe = ppo(value_warmup_steps=2)
+    assert [recipe.trains_policy(step) for step in range(4)] == [False, False, True, True]
+
+
+def test_a_penalty_in_the_loss_leaves_the_rewards_alone():
+    in_loss = {"coef": 0.1, "placement": "loss", "estimator": "k2"}
+    recipe = by_hand(gamma=1.0, lam=1.0, kl=in_loss)
+    assert recipe.needs.reference
+    estimates, metrics = recipe.estimate(step_batch(values=torch.zeros(2, 3)))
+    assert_close(estimates.returns, [[1.0, 1.0, 1.0], [-1.0, -1.0, 0.0]])
+    assert metrics["kl_coef"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "loss"),
+    [
+        ("token_mean", -(1 + 2 + 3 + 4 + 5) / 5),
+        ("seq_mean_token_sum", -(6 + 9) / 2),
+        ("seq_mean_token_mean", -(2 + 4.5) / 2),
+        ("seq_mean_token_sum_norm", -(6 + 9) / 2 / 10),
+    ],
+)
+def test_tokens_become_a_loss_as_the_settings_say(aggregation, loss):
+    micro = micro_batch(advantages=torch.tensor([[1.0, 2, 3], [4, 5, 9]]))
+    recipe = ppo(aggregation=aggregation, aggregation_scale=10)
+    assert float(recipe.policy_objective(torch.zeros(2, 3), torch.zeros(2, 3), micro)[0]) == pytest.approx(
+        loss
+    )
+
+
+def test_weights_multiply_the_loss_of_their_token():
+    micro = micro_batch(advantages=torch.tensor([[1.0, 2, 3], [4, 5, 9]]))
+    weighted = dataclasses.replace(micro, weights=torch.tensor([[0.5, 0, 1], [2, 1, 9]]))
+    loss, _ = ppo().policy_objective(torch.zeros(2, 3), torch.zeros(2, 3), weighted)
+    assert float(loss) == pytest.approx(-(0.5 + 3 + 8 + 5) / 5)
