@@ -8,7 +8,7 @@ SHELL := bash
 override VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-PIP_FLAGS ?= --quiet
+PIP_FLAGS ?= -qq
 export PYTHON TORCH_INDEX_URL PIP_FLAGS VENV
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=

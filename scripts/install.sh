@@ -5,12 +5,12 @@
 #   PYTHON           interpreter of a new environment    default: python3.11, else python3.12
 #   VENV             folder of the environment           default: .venv
 #   TORCH_INDEX_URL  index that torch comes from, e.g. PyTorch's index of CPU wheels
-#   PIP_FLAGS        default: --quiet; empty shows pip's own output
+#   PIP_FLAGS        default: -qq; empty shows pip's own output
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=${VENV:-.venv}
-PIP_FLAGS=${PIP_FLAGS---quiet}
+PIP_FLAGS=${PIP_FLAGS--qq}
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,7 @@ def wait_for(call: Call, timeout_s: float) -> Any:
     try:
         return ray.get(call.ref, timeout=timeout_s)
     except GetTimeoutError as error:
-        raise DeadlineError(
-            f"{call.worker} did not {call.action} within {timeout_s:g} s; "
-            "it may be stuck or too slow: see its log, or raise the deadline in the section `cluster`"
-        ) from error
+        raise _late(call.worker, call.action, timeout_s) from error
     except RayError as error:
         raise explain(error, call.worker, call.action) from error
 
@@ -48,18 +46,29 @@ def wait_for_all(calls: Sequence[Call], timeout_s: float) -> list[Any]:
     Raises:
         As `wait_for`.
     """
+    deadline = time.monotonic() + timeout_s
     pending = {call.ref: call for call in calls}
     while pending:
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=timeout_s)
+        remaining_s = max(0.0, deadline - time.monotonic())
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=remaining_s)
         if not done:
-            slow = next(iter(pending.values()))
-            raise DeadlineError(
-                f"{slow.worker} did not {slow.action} within {timeout_s:g} s "
-                f"({len(pending)} of {len(calls)} calls were still open); raise the deadline in the section "
-                "`cluster` if it is only slow"
-            )
+            late = next(iter(pending.values()))
+            raise _late(late.worker, late.action, timeout_s, f"{len(pending)} of {len(calls)} calls are open")
         wait_for(pending.pop(done[0]), timeout_s)
     return [ray.get(call.ref) for call in calls]
+
+
+def next_of(stream: ray.ObjectRefGenerator, worker: str, action: str, timeout_s: float) -> Call:
+    """The next item of a streaming call, which has been produced (or has failed) when this returns.
+
+    Raises:
+        DeadlineError: it was not produced in time.
+        StopIteration: the stream has ended.
+    """
+    ready, _ = ray.wait([stream], timeout=timeout_s, fetch_local=False)
+    if not ready:
+        raise _late(worker, action, timeout_s)
+    return Call(next(stream), worker, action)
 
 
 def explain(error: RayError, worker: str, action: str) -> RunError:
@@ -78,10 +87,11 @@ def explain(error: RayError, worker: str, action: str) -> RunError:
     return WorkerError(f"{worker} failed to {action}: {type(error).__name__}: {_first_line(error)}")
 
 
-def end(actors: Iterable[Any]) -> None:
-    """Kill actors that are no longer needed."""
-    for actor in actors:
-        ray.kill(actor, no_restart=True)
+def _late(worker: str, action: str, timeout_s: float, more: str = "") -> DeadlineError:
+    return DeadlineError(
+        f"{worker} did not {action} within {timeout_s:g} s{more and f' ({more})'}; "
+        "it may be stuck or too slow: see its log, or raise the deadline in the section `cluster`"
+    )
 
 
 def _first_line(error: Exception) -> str:

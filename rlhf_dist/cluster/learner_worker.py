@@ -32,6 +32,7 @@ class LearnerWorker(RankWorker):
         collective_timeout_s: float,
     ) -> None:
         """Join the group and load the models."""
+        self._timeout_s = collective_timeout_s
         self._join(rendezvous, settings, collective_timeout_s)
         from rlhf_dist.algorithms import make_algorithm
         from rlhf_dist.engines.learner import Learner
@@ -51,7 +52,7 @@ class LearnerWorker(RankWorker):
         """Train on leased batches; the references come wrapped in a list, so only the ranks read them."""
         from rlhf_dist.experience.samples import Samples
 
-        samples = Samples.from_batches(ray.get(batches))
+        samples = Samples.from_batches(ray.get(batches, timeout=self._timeout_s))
         return self._learner.step(samples, step=step, temperature=temperature)
 
     def snapshot(

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from rlhf_dist.cluster.calls import Call, wait_for
+from rlhf_dist.cluster.calls import Call, next_of, wait_for
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.rollout_worker import RolloutWorker
 from rlhf_dist.cluster.workers import Workers
@@ -101,7 +101,7 @@ class RolloutPool:
     def _next_batch(self, stream: Any, worker: str) -> tuple[ray.ObjectRef, int] | None:
         timeout_s = self._cluster.generate_timeout_s
         try:
-            num_samples = wait_for(Call(next(stream), worker, "generate"), timeout_s)
+            num_samples = wait_for(next_of(stream, worker, "generate", timeout_s), timeout_s)
         except StopIteration:
             return None
-        return next(stream), num_samples
+        return next_of(stream, worker, "hand over its samples", timeout_s).ref, num_samples

@@ -93,6 +93,8 @@ def _reinforce(
     probe = probe_tokens(vocabulary_size(models.policy), prepared.context_tokens)
     stopwatch = Stopwatch(progress.phase)
     progress.phase("starting workers")
+    counts = ", ".join(f"{share.num_workers} {role}" for role, share in placed.items())
+    progress.say(f"starting workers: {counts}")
     with _roles(config, prepared, models, placed) as roles:
         first_step = _restore(config, folder, roles)
         publish(roles, first_step, probe)

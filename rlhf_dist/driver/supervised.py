@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ray
 
-from rlhf_dist.cluster.calls import Call, wait_for, wait_for_all
+from rlhf_dist.cluster.calls import Call, next_of, wait_for, wait_for_all
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.rank_group import RankGroup
 from rlhf_dist.cluster.supervised_worker import SupervisedWorker
@@ -33,6 +33,7 @@ def supervised_stage(
     demonstrations = load_demonstrations(
         sft, load_tokenizer(model, "policy"), max_tokens=sft.max_tokens or context_tokens(config, model)
     )
+    progress.say(f"supervised stage: {sft.num_steps} steps on {len(demonstrations)} demonstrations")
     group = RankGroup(SupervisedWorker, share, config.cluster)
     try:
         table = ray.put(demonstrations.table)
@@ -47,8 +48,9 @@ def supervised_stage(
 def _train(group: RankGroup, sft: SFTSettings, *, timeout_s: float, progress: Progress) -> None:
     streams = [actor.train.options(num_returns="streaming").remote() for actor in group.workers.actors]
     for step in range(sft.num_steps):
+        action = f"do supervised step {step}"
         calls = [
-            Call(next(stream), group.workers.name(rank), f"do supervised step {step}")
+            next_of(stream, group.workers.name(rank), action, timeout_s)
             for rank, stream in enumerate(streams)
         ]
         loss = wait_for_all(calls, timeout_s)[0]

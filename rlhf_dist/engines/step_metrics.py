@@ -34,10 +34,10 @@ def sample_metrics(samples: Samples) -> dict[str, float]:
 def token_metrics(batch: StepBatch, entropies: torch.Tensor) -> dict[str, float]:
     """Over tokens: entropy, KL to the reference, and the gap between the sampling engine and the learner.
 
-    `kl_ref` is the k3 estimate in nats a token, `kl_ref_response` the k1 estimate summed over a response.
-    `rollout_learner_kl` is the k3 estimate of KL(sampler || learner), `_k1` its k1 estimate;
-    `effective_sample_size` is the share of the tokens that the batch would be worth if it were weighted to be
-    the learner's.
+    `kl_ref` is the k1 estimate in nats a token (`kl_ref_k3` the other one, never negative, but carried by
+    few tokens), `kl_ref_response` its sum over a response. `rollout_learner_kl` is the k3 estimate of
+    KL(sampler || learner), `_k1` its k1 estimate; `effective_sample_size` is the share of the tokens that the
+    batch would be worth if it were weighted to be the learner's.
     """
     mask = batch.mask
     mismatch = mismatch_stats(batch.old_logprobs, batch.rollout_logprobs, mask)
@@ -49,8 +49,9 @@ def token_metrics(batch: StepBatch, entropies: torch.Tensor) -> dict[str, float]
         "effective_sample_size": float(mismatch["ess"]),
     }
     if batch.ref_logprobs is not None:
-        k3 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k3")
         k1 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1")
-        metrics["kl_ref"] = float(masked_mean(k3, mask))
+        k3 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k3")
+        metrics["kl_ref"] = float(masked_mean(k1, mask))
+        metrics["kl_ref_k3"] = float(masked_mean(k3, mask))
         metrics["kl_ref_response"] = float(torch.where(mask, k1, 0.0).sum(dim=1).mean())
     return metrics

@@ -44,7 +44,7 @@ class Progress:
         """A learner step is over."""
         self._num_done = metrics["step"] + 1
         kl = metrics.get("kl_ref")
-        self._latest = f"reward {metrics['reward_mean']:.3f}" + (f"  KL {kl:.4f}" if kl is not None else "")
+        self._latest = f"reward {metrics['reward_mean']:.3f}" + (f"  KL {kl:z.4f}" if kl is not None else "")
         self.say(
             f"step {self._num_done:>4}/{self._num_steps}  {self._latest}"
             f"  entropy {metrics['entropy']:.3f}"

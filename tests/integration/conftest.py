@@ -84,9 +84,9 @@ class RunningCommand:
                 continue
         return found
 
-    def assert_nothing_left(self) -> None:
-        """No process of the run is alive `ORPHAN_DEADLINE_S` after its end."""
-        deadline = time.monotonic() + ORPHAN_DEADLINE_S
+    def assert_nothing_left(self, deadline_s: float = ORPHAN_DEADLINE_S) -> None:
+        """No process of the run is alive `deadline_s` after its end."""
+        deadline = time.monotonic() + deadline_s
         while (alive := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not alive, f"left behind: {[process.name() for process in alive]}"
