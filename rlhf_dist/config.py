@@ -157,6 +157,11 @@ class Config(Section):
                 f"rollout.samples_per_prompt={self.rollout.samples_per_prompt} must be at least "
                 f"{self.algorithm.min_samples_per_prompt}"
             )
+        if not algorithms.make_algorithm(self.algorithm).trains_policy(self.run.num_steps - 1):
+            raise ValueError(
+                f"algorithm.value_warmup_steps leaves none of the run.num_steps={self.run.num_steps} steps "
+                "to the policy"
+            )
         if self.experience.max_samples < num_samples:
             raise ValueError(
                 f"experience.max_samples={self.experience.max_samples} cannot hold the {num_samples} samples "

@@ -1,4 +1,4 @@
-"""Learner steps in one process, without Ray and vLLM: `python learner_steps.py FOLDER`.
+"""Learner steps of a rank, without Ray and vLLM: `python learner_steps.py FOLDER RANK NUM_RANKS PORT`.
 
 Standard input is a JSON list of algorithm sections. For each, a line `RESULT`, the metrics of two steps,
 and those of a third step by the same learner and by a new one that has loaded its checkpoint.
@@ -7,12 +7,12 @@ and those of a third step by the same learner and by a new one that has loaded i
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from rlhf_dist.algorithms import make_algorithm, settings_class
 from rlhf_dist.algorithms.base import AlgorithmSettings
@@ -46,11 +46,18 @@ def samples(seed: int) -> Samples:
     )
 
 
-def learner(model: Path, settings: AlgorithmSettings) -> Learner:
+def learner(model: Path, settings: AlgorithmSettings, *, num_ranks: int) -> Learner:
+    """Cut small where there are several ranks: ragged micro-batches, ZeRO-2."""
     optimizer = OptimizerSettings(learning_rate=3e-3)
     algorithm = make_algorithm(settings)
     return Learner(
-        LearnerSettings(num_workers=1, zero_stage=0, policy_optimizer=optimizer, value_optimizer=optimizer),
+        LearnerSettings(
+            num_workers=num_ranks,
+            zero_stage=0 if num_ranks == 1 else 2,
+            max_tokens_per_micro_batch=8192 if num_ranks == 1 else 20,
+            policy_optimizer=optimizer,
+            value_optimizer=optimizer,
+        ),
         algorithm,
         policy_model=str(model),
         value_model=str(model) if algorithm.needs.value_model else None,
@@ -60,25 +67,23 @@ def learner(model: Path, settings: AlgorithmSettings) -> Learner:
     )
 
 
-def main(folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    join_group("127.0.0.1", port, rank=0, num_ranks=1, on_gpu=False, timeout_s=60)
-    model = folder / "model"
+def main(folder: Path, rank: int, num_ranks: int, port: int) -> None:
+    model = folder / f"model-{rank}"
     save_tiny_causal_lm(model, ["a few words"], seed=0, hidden_size=32, num_layers=1)
+    join_group("127.0.0.1", port, rank=rank, num_ranks=num_ranks, on_gpu=False, timeout_s=60)
     for number, case in enumerate(json.load(sys.stdin)):
         settings = settings_class(case["name"]).model_validate(case)
         checkpoint = folder / f"checkpoint-{number}"
-        checkpoint.mkdir()
-        first = learner(model, settings)
+        checkpoint.mkdir(exist_ok=True)
+        first = learner(model, settings, num_ranks=num_ranks)
         metrics = [first.step(samples(step), step=step, temperature=1.0) for step in range(2)]
         first.save(checkpoint)
-        second = learner(model, settings)
+        dist.barrier()
+        second = learner(model, settings, num_ranks=num_ranks)
         second.load(checkpoint)
         resumed = [each.step(samples(2), step=2, temperature=1.0) for each in (first, second)]
         print("RESULT" + json.dumps({"steps": metrics, "resumed": resumed}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,22 +24,60 @@ CASES = {name: {"name": name} for name in algorithm_names()} | {
 }
 
 
+def results_of(num_ranks, folder):
+    """By rank, metrics of a few steps of each case: real DeepSpeed, neither Ray nor vLLM."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("learner_steps.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
+    (folder / "cases").write_text(json.dumps(list(CASES.values())))
+    outputs = [folder / f"output-{rank}" for rank in range(num_ranks)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *map(str, (script, folder, rank, num_ranks, port))],
+            stdin=(folder / "cases").open(),
+            stdout=outputs[rank].open("w"),
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        for rank in range(num_ranks)
+    ]
+    deadline = time.monotonic() + 120
+    try:
+        while any(process.poll() is None for process in ranks):
+            assert not any(process.poll() for process in ranks), [each.read_text() for each in outputs]
+            assert time.monotonic() < deadline, [each.read_text() for each in outputs]
+            time.sleep(0.1)
+    finally:
+        for process in ranks:
+            process.kill()
+    texts = [output.read_text() for output in outputs]
+    assert [process.returncode for process in ranks] == [0] * num_ranks, texts
+    lines = [[each for each in text.splitlines() if each.startswith("RESULT")] for text in texts]
+    return [
+        dict(zip(CASES, [json.loads(line.removeprefix("RESULT")) for line in rank], strict=True))
+        for rank in lines
+    ]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Metrics of a few steps of each case, from one process with DeepSpeed and neither Ray nor vLLM."""
-    command = [sys.executable, Path(__file__).with_name("learner_steps.py"), tmp_path_factory.mktemp("steps")]
-    done = subprocess.run(
-        command,
-        input=json.dumps(list(CASES.values())),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line.removeprefix("RESULT") for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    return dict(zip(CASES, map(json.loads, lines), strict=True))
+    """One rank, a minibatch in one piece."""
+    return results_of(1, tmp_path_factory.mktemp("one-rank"))[0]
+
+
+@pytest.fixture(scope="module")
+def results_of_two_ranks(tmp_path_factory):
+    """Two ranks, a minibatch in several pieces on each."""
+    return results_of(2, tmp_path_factory.mktemp("two-ranks"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_does_not_depend_on_how_it_was_cut(case, results, results_of_two_ranks):
+    one, other = (rank[case]["steps"][0] for rank in results_of_two_ranks)
+    assert one == other, "every rank reports the same"
+    assert one == pytest.approx(results[case]["steps"][0], rel=2e-3, abs=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -166,6 +166,15 @@ def test_an_unknown_algorithm_names_those_there_are(file):
             "(rollout.prompts_per_step x rollout.samples_per_prompt)",
         ),
         (
+            ("run.num_steps=5", "algorithm.value_warmup_steps=5"),
+            "algorithm.value_warmup_steps leaves none of the run.num_steps=5 steps to the policy",
+        ),
+        (
+            ("algorithm.name=rloo", "rollout.samples_per_prompt=1"),
+            "algorithm.name=rloo compares responses to the same prompt: rollout.samples_per_prompt=1 must be "
+            "at least 2",
+        ),
+        (
             ("rollout.sampling.temperature=0",),
             "rollout.sampling.temperature=0 always gives the same response: nothing to learn from",
         ),

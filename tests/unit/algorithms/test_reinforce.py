@@ -37,7 +37,7 @@ def test_the_loss_is_the_advantage_times_the_log_probability(recipe, micro_batch
     )
     logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]], requires_grad=True)
     loss, _ = recipe("reinforce").policy_objective(logprobs, torch.zeros(2, 2), micro)
-    assert float(loss) == pytest.approx((2.0 - 4.0 + 6.0) / 3)
+    assert loss.item() == pytest.approx((2.0 - 4.0 + 6.0) / 3)
     loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([[-2.0, 2.0], [-2.0, 0.0]]) / 3)
 
