@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,6 +24,9 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 TERMINATED = 143
+TERMINATION_DEADLINE_S = 20
+"""After SIGTERM. Where the whole process group got it, Ray's own processes are gone, and ending hangs."""
+RESUME_HINT = "--resume goes on from the last checkpoint, if there is one"
 
 
 @app.callback()
@@ -82,14 +87,14 @@ class _errors_for_people:  # noqa: N801  a context manager, used like a function
         self._verbose = verbose
 
     def __enter__(self) -> None:
-        sys.path.insert(0, str(Path.cwd()))  # reward functions beside the configuration
+        sys.path.insert(0, str(Path.cwd()))  # reward functions of the folder the run is started from
         signal.signal(signal.SIGTERM, _terminate)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self._end("interrupted; continue from the last checkpoint with --resume", INTERRUPTED)
-        if isinstance(error, SystemExit) and error.code == TERMINATED:
-            self._end("terminated; continue from the last checkpoint with --resume", TERMINATED)
+            self._end(f"interrupted; {RESUME_HINT}", INTERRUPTED)
+        if isinstance(error, SystemExit) and error.code in (TERMINATED, signal.SIGTERM):
+            self._end(f"terminated; {RESUME_HINT}", TERMINATED)
         if isinstance(error, RunError) and not self._verbose:
             self._end(f"error: {error}", error.exit_code)
 
@@ -100,6 +105,9 @@ class _errors_for_people:  # noqa: N801  a context manager, used like a function
 
 
 def _terminate(*_: object) -> NoReturn:
+    watchdog = threading.Timer(TERMINATION_DEADLINE_S, os._exit, args=(TERMINATED,))
+    watchdog.daemon = True
+    watchdog.start()
     sys.exit(TERMINATED)
 
 

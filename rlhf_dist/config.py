@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rlhf_dist import algorithms
 from rlhf_dist.algorithms.base import AlgorithmSettings
@@ -137,6 +145,19 @@ class Config(Section):
     weights: WeightsSettings = WeightsSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     cluster: ClusterSettings = ClusterSettings()
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _kinds(cls, entries: Any) -> Any:
+        """An entry without `kind` is a model if it names one, else a function."""
+        if not isinstance(entries, list | tuple):
+            raise ValueError("it is a list of parts; write `- {path: package.module:function}`")
+        return [
+            {"kind": "model" if "model" in entry else "function"} | entry
+            if isinstance(entry, dict)
+            else entry
+            for entry in entries
+        ]
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

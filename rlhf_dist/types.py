@@ -9,7 +9,7 @@ Shapes, everywhere in the package:
 
 A *prompt ordinal* counts the prompts in the order of training, from 0, for ever; its data set row is
 a function of the ordinal and the run's seed. A *sample* is one response to one prompt ordinal. A
-*policy version* is the number of optimizer steps behind the weights that sampled a token: version 0
+*policy version* is the number of learner steps behind the weights that sampled a token: version 0
 is the starting policy.
 """
 

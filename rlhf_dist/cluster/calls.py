@@ -12,6 +12,11 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 
 from rlhf_dist.errors import DeadlineError, RunError, WorkerError
 
+REMEDY = (
+    "--verbose shows the workers' output, which also is in the logs of Ray's session (by default "
+    "/tmp/ray/session_latest/logs); --resume goes on from the last checkpoint, if there is one"
+)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -81,16 +86,19 @@ def explain(error: RayError, worker: str, action: str) -> RunError:
     if isinstance(cause, RayError):
         return explain(cause, worker, action)
     if cause is not None:
-        return WorkerError(f"{worker} failed to {action}: {type(cause).__name__}: {cause}")
+        return WorkerError(f"{worker} failed to {action}: {type(cause).__name__}: {cause}; {REMEDY}")
     if isinstance(error, ActorDiedError | RayActorError):
-        return WorkerError(f"{worker} died while it was to {action}: {_first_line(error)}")
-    return WorkerError(f"{worker} failed to {action}: {type(error).__name__}: {_first_line(error)}")
+        return WorkerError(
+            f"{worker} died while it was to {action}: {_first_line(error)} It was killed, by hand or for "
+            f"want of memory, or it crashed; {REMEDY}"
+        )
+    return WorkerError(f"{worker} failed to {action}: {type(error).__name__}: {_first_line(error)}; {REMEDY}")
 
 
 def _late(worker: str, action: str, timeout_s: float, more: str = "") -> DeadlineError:
     return DeadlineError(
         f"{worker} did not {action} within {timeout_s:g} s{more and f' ({more})'}; "
-        "it may be stuck or too slow: see its log, or raise the deadline in the section `cluster`"
+        f"it may be stuck, or too slow for the deadline in the section `cluster`; {REMEDY}"
     )
 
 

@@ -18,7 +18,7 @@ REMEDY = "start one with `ray start --head`, or leave out --address and RAY_ADDR
 
 
 @contextmanager
-def ray_session(address: str | None, *, show_worker_output: bool) -> Iterator[None]:
+def ray_session(address: str | None, *, verbose: bool) -> Iterator[None]:
     """Connect to `address`, else to `RAY_ADDRESS`, else to a local instance that ends with the block.
 
     Raises:
@@ -29,7 +29,9 @@ def ray_session(address: str | None, *, show_worker_output: bool) -> Iterator[No
     local_only = {"include_dashboard": False} if target == "local" else {}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=target, logging_level=logging.ERROR, log_to_driver=show_worker_output, **local_only)
+        # Ray's own words about a worker's end would stand beside the run's one message.
+        level = logging.WARNING if verbose else logging.CRITICAL
+        ray.init(address=target, logging_level=level, log_to_driver=verbose, **local_only)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"no Ray cluster could be joined at {target!r}: {str(error).strip().splitlines()[0]}; {REMEDY}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 from rich.console import Console
-from rich.table import Table
 
 from rlhf_dist.config import Config, to_yaml
 from rlhf_dist.driver.preparation import check_inputs, shares
@@ -20,9 +19,7 @@ def print_plan(config: Config, console: Console) -> None:
     check_inputs(config)
     console.print(to_yaml(config), highlight=False, markup=False)
     node_cpus = os.cpu_count() or 1
-    table = Table(title=f"Workers, for nodes of {node_cpus} CPUs", title_justify="left")
-    for heading in ("role", "process", "workers", "CPUs each", "GPUs each", "threads each", "engine"):
-        table.add_column(heading)
+    console.print(f"Workers, for nodes of {node_cpus} CPUs:", highlight=False)
     engines = {
         "rollout": ("ray::RolloutWorker", "vLLM"),
         "scoring": ("ray::ScoringWorker", "transformers"),
@@ -30,7 +27,9 @@ def print_plan(config: Config, console: Console) -> None:
     }
     for role, share in shares(config, node_cpus=node_cpus).items():
         process, engine = engines[role]
-        cells = (share.num_workers, f"{share.cpus:g}", f"{share.gpus:g}", share.threads)
-        table.add_row(role, process, *map(str, cells), engine)
-    table.add_row("queue", "ray::ExperienceQueue", "1", "0", "0", "1", "Arrow by reference")
-    console.print(table)
+        console.print(
+            f"  {share.num_workers} x {process}  {engine}: {share.cpus:g} CPUs, {share.gpus:g} GPUs, "
+            f"{share.threads} threads each",
+            highlight=False,
+        )
+    console.print("  1 x ray::ExperienceQueue  references only", highlight=False)

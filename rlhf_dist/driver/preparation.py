@@ -6,13 +6,13 @@ What is wrong with the user's input is found here, in seconds, and not minutes l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf_dist.algorithms import make_algorithm
 from rlhf_dist.cluster.placement import RoleShare, share_out
 from rlhf_dist.config import Config
 from rlhf_dist.data.prompts import PromptSet, load_prompts
 from rlhf_dist.data.sources import TASK_PREFIX, task_function
-from rlhf_dist.driver.run_folder import RunFolder
 from rlhf_dist.engines.loading import check_checkpoint, context_limit, load_tokenizer, same_tokens
 from rlhf_dist.errors import ConfigError, ModelError
 from rlhf_dist.rewards.functions import load_function
@@ -36,8 +36,8 @@ class Prepared:
     context_tokens: int
 
 
-def initial_policy(config: Config, folder: RunFolder) -> str:
-    """The policy's checkpoint; a built-in task's untrained model is made on the spot.
+def initial_policy(config: Config, folder: Path) -> str:
+    """The policy's checkpoint; a built-in task's untrained model is made in `folder` unless it is there.
 
     Raises:
         DataError: there is no such task.
@@ -45,9 +45,33 @@ def initial_policy(config: Config, folder: RunFolder) -> str:
     model = config.policy.model
     if not model.startswith(TASK_PREFIX):
         return model
-    if not (folder.initial_policy / "config.json").exists():
-        task_function(model, "make_policy")(folder.initial_policy, seed=config.run.seed)
-    return str(folder.initial_policy)
+    if not (folder / "config.json").exists():
+        task_function(model, "make_policy")(folder, seed=config.run.seed)
+    return str(folder)
+
+
+def check_outside(config: Config, folder: Path) -> None:
+    """Refuse to read from a run folder that is about to be cleared.
+
+    Raises:
+        ConfigError: naming what lies in it.
+    """
+    sources = {
+        "policy.model": config.policy.model,
+        "value.model": config.value.model,
+        "reference.model": config.reference.model,
+        "data.prompts": config.data.prompts,
+        "sft.demonstrations": config.sft and config.sft.demonstrations,
+    } | {
+        f"reward.{i}.model": reward.model
+        for i, reward in enumerate(config.reward)
+        if isinstance(reward, ModelRewardSettings)
+    }
+    for key, source in sources.items():
+        if source and Path(source).exists() and Path(source).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{key}={source} lies in the run folder {folder}, which a new run replaces; set run.dir"
+            )
 
 
 def prepare(config: Config, policy: str) -> Prepared:

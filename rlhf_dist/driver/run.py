@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import ray
@@ -24,7 +26,15 @@ from rlhf_dist.data.prompts import PromptOrder
 from rlhf_dist.driver.checkpoint import RunState, list_checkpoints, read_state, save_checkpoint
 from rlhf_dist.driver.export import export_policy
 from rlhf_dist.driver.loop import Roles, publish, train
-from rlhf_dist.driver.preparation import Models, Prepared, initial_policy, prepare, role_models, shares
+from rlhf_dist.driver.preparation import (
+    Models,
+    Prepared,
+    check_outside,
+    initial_policy,
+    prepare,
+    role_models,
+    shares,
+)
 from rlhf_dist.driver.run_folder import IfExists, RunFolder, write_atomically, write_json
 from rlhf_dist.driver.supervised import supervised_stage
 from rlhf_dist.engines.loading import torch_dtype, vocabulary_size
@@ -47,16 +57,24 @@ def run(config: Config, *, address: str | None, if_exists: IfExists, console: Co
     disable_progress_bar()
     folder = RunFolder(config.run.dir.absolute())
     with folder.owned(if_exists), Progress(console, num_steps=config.run.num_steps) as progress:
-        write_atomically(folder.config, to_yaml(config))
         progress.phase("checking models and data")
-        policy = initial_policy(config, folder)
-        prepared = prepare(config, policy)
+        resuming = if_exists == "resume" and folder.holds_run()
+        if not resuming:
+            check_outside(config, folder.root)
+        _check_checkpoint(config, folder, resuming)
+        with tempfile.TemporaryDirectory(dir=folder.root, prefix=".trial-") as trial:
+            made = folder.initial_policy if resuming else Path(trial) / "policy"
+            prepared = prepare(config, initial_policy(config, made))
         if prepared.prompts.num_skipped:
-            progress.say(f"{prepared.prompts.num_skipped} prompts over the limit were left out")
+            progress.say(f"prompts over the limit, left out: {prepared.prompts.num_skipped}")
         progress.phase("starting Ray")
-        with ray_session(address, show_worker_output=verbose):
+        with ray_session(address, verbose=verbose):
             placed = shares(config, node_cpus=cpus_of_smallest_node())
             check_fits(list(placed.values()), ray.cluster_resources())
+            if not resuming:
+                folder.clear()
+            write_atomically(folder.config, to_yaml(config))
+            policy = initial_policy(config, folder.initial_policy)
             if config.sft is not None:
                 if not folder.sft_policy.exists():
                     progress.phase("supervised stage")
@@ -177,16 +195,24 @@ def _roles(
             role.end()
 
 
+def _check_checkpoint(config: Config, folder: RunFolder, resuming: bool) -> None:
+    """Refuse a checkpoint of another shape before anything starts."""
+    checkpoints = list_checkpoints(folder.checkpoints) if resuming else []
+    if checkpoints:
+        _read_state(config, checkpoints[-1])
+
+
 def _restore(config: Config, folder: RunFolder, roles: Roles) -> int:
     """Load the newest checkpoint, if there is one; returns the step to go on with."""
     checkpoints = list_checkpoints(folder.checkpoints)
     if not checkpoints:
         return 0
-    state = read_state(
-        checkpoints[-1], num_ranks=config.learner.num_workers, zero_stage=config.learner.zero_stage
-    )
     roles.learner.load(checkpoints[-1])
-    return state.next_step
+    return _read_state(config, checkpoints[-1]).next_step
+
+
+def _read_state(config: Config, checkpoint: Path) -> RunState:
+    return read_state(checkpoint, num_ranks=config.learner.num_workers, zero_stage=config.learner.zero_stage)
 
 
 def _sample_rows(num_rows: int, count: int) -> list[int]:

@@ -58,19 +58,25 @@ class RunFolder:
         """One folder a checkpoint."""
         return self.root / "checkpoints"
 
+    @property
+    def marker(self) -> Path:
+        """Says that the folder was made for a run, so that what is in it may be replaced."""
+        return self.root / ".rlhf-dist-run"
+
     @contextmanager
     def owned(self, if_exists: IfExists) -> Iterator[None]:
-        """Make the folder this process's own for the block.
+        """Make the folder this process's own for the block. Nothing in it is deleted: see `clear`.
 
         Raises:
-            ConfigError: another process runs in it, it holds a run already, or it cannot be written.
+            ConfigError: another process runs in it, it holds a run already, it holds something else, or it
+                cannot be written.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = (self.root / ".lock").open("w")
         except OSError as error:
             raise ConfigError(
-                f"run folder {self.root} cannot be written: {error.strerror}; set run.dir"
+                f"run folder {self.root} cannot be written ({error.strerror}); set run.dir"
             ) from error
         with lock:
             try:
@@ -79,25 +85,33 @@ class RunFolder:
                 raise ConfigError(
                     f"run folder {self.root} is in use by another run; wait for it, or set run.dir"
                 ) from error
-            self._settle(if_exists)
+            self._claim(if_exists)
             yield
 
     def holds_run(self) -> bool:
         """Whether a run got as far as a learner step here."""
         return self.checkpoints.exists() or bool(self.metrics.exists() and self.metrics.stat().st_size)
 
-    def _settle(self, if_exists: IfExists) -> None:
-        if if_exists == "resume":
-            return
+    def clear(self) -> None:
+        """Delete what an earlier run left here."""
+        for path in (self.initial_policy, self.sft_policy, self.policy, self.checkpoints):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.metrics, self.answers, self.config):
+            path.unlink(missing_ok=True)
+
+    def _claim(self, if_exists: IfExists) -> None:
+        strangers = [path.name for path in self.root.iterdir() if path.name != ".lock"]
+        if strangers and not self.marker.exists():
+            raise ConfigError(
+                f"run folder {self.root} is not empty and was not made for a run (it has "
+                f"{', '.join(sorted(strangers)[:3])}); set run.dir to a new folder"
+            )
+        self.marker.touch()
         if if_exists == "refuse" and self.holds_run():
             raise ConfigError(
                 f"run folder {self.root} already holds a run; pass --resume to go on with it, "
                 "--overwrite to delete it, or set run.dir"
             )
-        for path in (self.initial_policy, self.sft_policy, self.policy, self.checkpoints):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (self.metrics, self.answers, self.config):
-            path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -34,6 +34,8 @@ def supervised_stage(
         sft, load_tokenizer(model, "policy"), max_tokens=sft.max_tokens or context_tokens(config, model)
     )
     progress.say(f"supervised stage: {sft.num_steps} steps on {len(demonstrations)} demonstrations")
+    if demonstrations.num_skipped:
+        progress.say(f"demonstrations over the limit, left out: {demonstrations.num_skipped}")
     group = RankGroup(SupervisedWorker, share, config.cluster)
     try:
         table = ray.put(demonstrations.table)

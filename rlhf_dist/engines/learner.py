@@ -177,6 +177,7 @@ class Learner:
         engines = {name: engine for name, engine in self._engines() if with_policy or name != "policy"}
         norms: dict[str, list[float]] = {name: [] for name in engines}
         target, approx_kl, num_updates = self._algorithm.settings.target_kl, 0.0, 0
+        learning_rate = self._policy.learning_rate
         for minibatch in chain.from_iterable(plan.epochs):
             approx_kl = self._accumulate(data, minibatch, temperature, group_metrics, with_policy=with_policy)
             for name, engine in engines.items():
@@ -186,7 +187,7 @@ class Learner:
                 break  # on every rank alike: the KL is that of all of them
         metrics = group_metrics.reduce()
         metrics |= {f"{name}_grad_norm": sum(each) / len(each) for name, each in norms.items()}
-        metrics |= {"num_updates": num_updates, "policy_learning_rate": self._policy.learning_rate}
+        metrics |= {"num_updates": num_updates, "policy_learning_rate": learning_rate}
         if with_policy:
             metrics["policy_approx_kl_last"] = approx_kl
             self._algorithm.after_updates(approx_kl)

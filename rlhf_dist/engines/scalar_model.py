@@ -29,6 +29,11 @@ class ScalarModel(nn.Module):
                     f"{role} model {model!r} has {classifier.config.num_labels} labels; a score is one "
                     "number, so it must have num_labels=1"
                 )
+            if not isinstance(getattr(classifier, "score", None), nn.Linear):
+                raise ModelError(
+                    f"{role} model {model!r} ({type(classifier).__name__}) has no linear head `score` on the "
+                    "last token; sequence classifiers of decoder-only families have one"
+                )
             self.backbone = getattr(classifier, classifier.base_model_prefix)
             head_weight = classifier.score.weight.detach()
         else:

@@ -114,6 +114,13 @@ class OptimizerSettings(Section):
     """Gradients are scaled down to this global norm."""
 
 
+class ValueOptimizerSettings(OptimizerSettings):
+    """AdamW of the value model, which starts further from its goal than the policy does."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate; several times the policy's."""
+
+
 class LearnerSettings(WorkerSettings):
     """Learner group: one DeepSpeed rank a worker."""
 
@@ -124,7 +131,7 @@ class LearnerSettings(WorkerSettings):
     parameters."""
     policy_optimizer: OptimizerSettings = OptimizerSettings()
     """Of the policy."""
-    value_optimizer: OptimizerSettings = OptimizerSettings(learning_rate=1e-5)
+    value_optimizer: ValueOptimizerSettings = ValueOptimizerSettings()
     """Of the value model."""
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Token budget, padding included, of one forward and backward pass on one rank."""

@@ -4,7 +4,7 @@ Consumes generation requests and weight snapshots; produces completions whose ev
 log-probability and the policy version that sampled it. Between two `step()` calls the owner may add
 requests or load new weights; requests under way go on with the new ones.
 
-`engine_environment` must be in the process's environment before vllm is imported.
+The environment of `cluster.placement.RoleShare` must be set before vllm is imported.
 """
 
 from __future__ import annotations
@@ -70,11 +70,6 @@ class VLLMEngine:
         """The policy version that the next token will be sampled from."""
         return self._version
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the model's embedding, padding included."""
-        return int(self._engine.model_config.get_vocab_size())
-
     def add(
         self, request: GenerationRequest, settings: RolloutSettings, *, temperature: float, max_tokens: int
     ) -> None:
@@ -108,11 +103,6 @@ class VLLMEngine:
         if self._requests:
             finished += [self._completion(output) for output in self._engine.step() if output.finished]
         return finished
-
-    def abort(self) -> None:
-        """Forget every request under way."""
-        self._engine.abort_request(list(self._requests), internal=False)
-        self._requests.clear()
 
     def load_weights(self, manifest: WeightManifest, payload: WeightPayload) -> None:
         """Verify a snapshot, load it, and drop what was cached under the old weights.
@@ -150,10 +140,6 @@ class VLLMEngine:
             if probe is not None and probe.finished:
                 entries = zip(tokens[1:], probe.prompt_logprobs[1:], strict=True)
                 return [entry[token].logprob for token, entry in entries]
-
-    def shutdown(self) -> None:
-        """End the engine's helper processes, if it has any."""
-        self._engine.engine_core.shutdown()
 
     def _set_version(self, version: int) -> None:
         self._version = version

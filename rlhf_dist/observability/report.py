@@ -61,9 +61,9 @@ def print_report(
     """
     console.print(summary_table(metrics))
     for prompt, before, after in answers:
-        console.print(Text("prompt  ", style="bold") + Text(_shortened(prompt)))
-        console.print(Text("before  ", style="bold red") + Text(_shortened(before)))
-        console.print(Text("after   ", style="bold green") + Text(_shortened(after)))
+        console.print(Text.assemble(("prompt  ", "bold"), _shortened(prompt)))
+        console.print(Text.assemble(("before  ", "bold red"), _shortened(before)))
+        console.print(Text.assemble(("after   ", "bold green"), _shortened(after)))
         console.print()
     console.print(f"trained policy: {policy_folder}   ({seconds:.0f} s)", highlight=False, soft_wrap=True)
 

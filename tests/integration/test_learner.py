@@ -41,7 +41,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    with ray_session(None, show_worker_output=False):
+    with ray_session(None, verbose=False):
         yield
 
 

@@ -13,7 +13,7 @@ from rlhf_dist.types import BatchInfo
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    with ray_session(None, show_worker_output=False):
+    with ray_session(None, verbose=False):
         yield
 
 

@@ -50,7 +50,7 @@ def pool(policy):
         AutoTokenizer.from_pretrained(folder),
         max_prompt_tokens=64,
     )
-    with ray_session(None, show_worker_output=False):
+    with ray_session(None, verbose=False):
         (share,) = share_out({"rollout": settings}, node_cpus=2)
         workers = RolloutPool(
             settings,

@@ -69,12 +69,11 @@ def test_a_dry_run_prints_every_section_and_the_workers_and_starts_nothing(file)
     assert list(tree) == list(Config.model_fields)
     expected = parse_config(SETTINGS | {"learner": {"zero_stage": 3}}, source="test")
     assert parse_config(tree, source="printed") == expected
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if "│" in line]
-    assert [(row[0], row[1], row[2], row[-1]) for row in rows] == [
-        ("rollout", "ray::RolloutWorker", "3", "vLLM"),
-        ("scoring", "ray::ScoringWorker", "1", "transformers"),
-        ("learner", "ray::LearnerWorker", "2", "DeepSpeed ZeRO-3"),
-        ("queue", "ray::ExperienceQueue", "1", "Arrow by reference"),
+    assert [line.split(":  ")[0].split(": ")[0].strip() for line in table.splitlines()[1:]] == [
+        "3 x ray::RolloutWorker  vLLM",
+        "1 x ray::ScoringWorker  transformers",
+        "2 x ray::LearnerWorker  DeepSpeed ZeRO-3",
+        "1 x ray::ExperienceQueue  references only",
     ]
 
 
@@ -132,6 +131,7 @@ def test_a_missing_file_ends_with_the_code_of_the_configuration(file):
 
 def test_a_run_folder_in_the_way_is_found_before_anything_starts(file):
     (file.parent / "runs" / "dry" / "checkpoints").mkdir(parents=True)
+    (file.parent / "runs" / "dry" / ".rlhf-dist-run").touch()
     result = invoke("train", file)
     assert result.exit_code == 2
     assert "already holds a run; pass --resume" in result.stderr
@@ -158,15 +158,23 @@ def test_an_interrupt_says_how_to_go_on(file, monkeypatch):
     monkeypatch.setattr("rlhf_dist.driver.dry_run.print_plan", interrupted)
     result = invoke("train", file, "--dry-run")
     assert result.exit_code == 130
-    assert result.stderr == "interrupted; continue from the last checkpoint with --resume\n"
+    assert result.stderr == "interrupted; --resume goes on from the last checkpoint, if there is one\n"
 
 
-def test_a_polite_kill_ends_the_command_in_order(file, monkeypatch):
-    def killed(*_):
-        signal.raise_signal(signal.SIGTERM)
+KILL_DURING_A_DRY_RUN = """
+import signal
+from rlhf_dist import cli
+from rlhf_dist.driver import dry_run
+dry_run.print_plan = lambda *_: signal.raise_signal(signal.SIGTERM)
+cli.main()
+"""
 
-    monkeypatch.setattr("rlhf_dist.driver.dry_run.print_plan", killed)
-    assert invoke("train", file, "--dry-run").exit_code == 143
+
+def test_a_polite_kill_ends_the_command_in_order(file):
+    command = [sys.executable, "-c", KILL_DURING_A_DRY_RUN, "train", str(file), "--dry-run"]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert killed.returncode == 143
+    assert killed.stderr == "terminated; --resume goes on from the last checkpoint, if there is one\n"
 
 
 # -------------------------------------------------------------------------------------------- version

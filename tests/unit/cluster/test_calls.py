@@ -40,16 +40,20 @@ def test_also_through_several_workers():
 def test_any_other_error_names_worker_call_and_cause():
     explained = explain(task_error(ValueError("shapes differ")), WORKER, ACTION)
     assert type(explained) is WorkerError
-    assert str(explained) == "scoring worker 1 failed to score 8 samples: ValueError: shapes differ"
+    assert str(explained).startswith(
+        "scoring worker 1 failed to score 8 samples: ValueError: shapes differ; "
+    )
+    assert "--resume" in str(explained)
 
 
 def test_a_worker_that_died_is_said_to_have_died():
     explained = explain(ActorDiedError(), WORKER, ACTION)
     assert type(explained) is WorkerError
-    assert str(explained) == (
+    assert str(explained).startswith(
         "scoring worker 1 died while it was to score 8 samples: "
-        "The actor died unexpectedly before finishing this task."
+        "The actor died unexpectedly before finishing this task. It was killed"
     )
+    assert "--resume" in str(explained)
 
 
 def test_a_worker_out_of_reach_counts_as_dead():

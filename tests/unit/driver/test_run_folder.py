@@ -46,7 +46,7 @@ def finished(folder):
 
 
 def names(folder):
-    return {path.name for path in folder.root.iterdir()} - {".lock"}
+    return {path.name for path in folder.root.iterdir()} - {".lock", ".rlhf-dist-run"}
 
 
 EVERYTHING = {
@@ -74,10 +74,22 @@ def test_a_finished_run_is_not_touched_without_being_told_to(finished):
     assert names(finished) == EVERYTHING
 
 
-def test_overwrite_deletes_the_run_and_nothing_else(finished):
+def test_overwriting_deletes_the_run_and_nothing_else_and_only_when_it_is_cleared(finished):
     with finished.owned("overwrite"):
+        assert names(finished) == EVERYTHING, "first everything is checked"
+        finished.clear()
         assert names(finished) == {"my-notes.txt"}
     assert (finished.root / "my-notes.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("if_exists", ["refuse", "overwrite", "resume"])
+def test_a_folder_that_was_not_made_for_a_run_is_never_touched(if_exists, folder):
+    (folder.policy).mkdir(parents=True)
+    folder.config.write_text("precious")
+    with pytest.raises(ConfigError, match="was not made for a run"), folder.owned(if_exists):
+        pass
+    assert names(folder) == {"policy", "config.yaml"}
+    assert folder.config.read_text() == "precious"
 
 
 def test_resume_leaves_everything_in_place(finished):
@@ -119,6 +131,7 @@ def test_what_a_run_left_before_its_first_step_is_cleared_away(folder):
         (folder.initial_policy / "half").mkdir(parents=True)
         folder.metrics.touch()
     with folder.owned("refuse"):
+        folder.clear()
         assert names(folder) == set()
 
 
@@ -152,7 +165,7 @@ def test_the_lock_is_given_back_when_the_run_fails(folder):
 def test_a_folder_that_cannot_be_made_is_named_with_the_reason(place, tmp_path):
     (tmp_path / "file").write_text("")
     folder = RunFolder(tmp_path / place)
-    message = f"^run folder {folder.root} cannot be written: .+; set run.dir$"
+    message = f"^run folder {folder.root} cannot be written \\(.+\\); set run.dir$"
     with pytest.raises(ConfigError, match=message), folder.owned("refuse"):
         pass
 
@@ -161,7 +174,7 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_reason(place, tmp_path):
 def test_a_folder_without_permission_is_named_with_the_reason(tmp_path):
     tmp_path.chmod(0o500)
     with (
-        pytest.raises(ConfigError, match=r"cannot be written: Permission denied; set run\.dir"),
+        pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\); set run\.dir"),
         RunFolder(tmp_path / "run").owned("refuse"),
     ):
         pass
@@ -170,7 +183,7 @@ def test_a_folder_without_permission_is_named_with_the_reason(tmp_path):
 def test_every_path_lies_in_the_folder_under_its_own_name(folder):
     properties = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
     paths = [getattr(folder, name) for name in properties]
-    assert len(set(paths)) == len(paths) == 7
+    assert len(set(paths)) == len(paths) == 8
     assert all(path.parent == folder.root for path in paths)
 
 
