@@ -24,7 +24,7 @@ app = typer.Typer(
 
 INTERRUPTED = 130
 TERMINATED = 143
-TERMINATION_DEADLINE_S = 20
+TERMINATION_DEADLINE_S = 8
 """After SIGTERM. Where the whole process group got it, Ray's own processes are gone, and ending hangs."""
 RESUME_HINT = "--resume goes on from the last checkpoint, if there is one"
 
@@ -93,8 +93,8 @@ class _errors_for_people:  # noqa: N801  a context manager, used like a function
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, KeyboardInterrupt):
             self._end(f"interrupted; {RESUME_HINT}", INTERRUPTED)
-        if isinstance(error, SystemExit) and error.code in (TERMINATED, signal.SIGTERM):
-            self._end(f"terminated; {RESUME_HINT}", TERMINATED)
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
+            _terminate()  # it came while ray.init had a handler of its own in place
         if isinstance(error, RunError) and not self._verbose:
             self._end(f"error: {error}", error.exit_code)
 
@@ -105,6 +105,7 @@ class _errors_for_people:  # noqa: N801  a context manager, used like a function
 
 
 def _terminate(*_: object) -> NoReturn:
+    print(f"terminated; {RESUME_HINT}", file=sys.stderr, flush=True)
     watchdog = threading.Timer(TERMINATION_DEADLINE_S, os._exit, args=(TERMINATED,))
     watchdog.daemon = True
     watchdog.start()
