@@ -18,7 +18,7 @@ from rlhf_dist.algorithms import make_algorithm, settings_class
 from rlhf_dist.algorithms.base import AlgorithmSettings
 from rlhf_dist.engines.collectives import join_group
 from rlhf_dist.engines.learner import Learner
-from rlhf_dist.engines.settings import LearnerSettings, OptimizerSettings
+from rlhf_dist.engines.settings import LearnerSettings, OptimizerSettings, ValueOptimizerSettings
 from rlhf_dist.experience.samples import Samples
 from rlhf_dist.tasks.tiny_models import save_tiny_causal_lm
 
@@ -48,15 +48,14 @@ def samples(seed: int) -> Samples:
 
 def learner(model: Path, settings: AlgorithmSettings, *, num_ranks: int) -> Learner:
     """Cut small where there are several ranks: ragged micro-batches, ZeRO-2."""
-    optimizer = OptimizerSettings(learning_rate=3e-3)
     algorithm = make_algorithm(settings)
     return Learner(
         LearnerSettings(
             num_workers=num_ranks,
             zero_stage=0 if num_ranks == 1 else 2,
             max_tokens_per_micro_batch=8192 if num_ranks == 1 else 20,
-            policy_optimizer=optimizer,
-            value_optimizer=optimizer,
+            policy_optimizer=OptimizerSettings(learning_rate=3e-3),
+            value_optimizer=ValueOptimizerSettings(learning_rate=3e-3),
         ),
         algorithm,
         policy_model=str(model),

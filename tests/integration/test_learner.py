@@ -18,7 +18,7 @@ from rlhf_dist.cluster.learner_group import LearnerGroup
 from rlhf_dist.cluster.placement import share_out
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.config import ClusterSettings
-from rlhf_dist.engines.settings import LearnerSettings, OptimizerSettings
+from rlhf_dist.engines.settings import LearnerSettings, OptimizerSettings, ValueOptimizerSettings
 from rlhf_dist.experience.schema import rollout_batch, scored_batch
 from rlhf_dist.tasks.support_desk import make_policy
 from rlhf_dist.types import Completion, GenerationRequest
@@ -28,7 +28,7 @@ from rlhf_dist.weights.snapshot import named_tensors
 NUM_SAMPLES = 13
 # A large eps keeps Adam from turning rounding of a tiny gradient into a whole step.
 POLICY_OPTIMIZER = OptimizerSettings(learning_rate=3e-3, eps=1e-2)
-VALUE_OPTIMIZER = OptimizerSettings(learning_rate=1e-2, eps=1e-2)
+VALUE_OPTIMIZER = ValueOptimizerSettings(learning_rate=1e-2, eps=1e-2)
 ALGORITHM = Settings(num_epochs=4, lam=0.9, gamma=0.98, kl={"coef": 0.1})
 
 
