@@ -27,6 +27,7 @@ TERMINATED = 143
 TERMINATION_DEADLINE_S = 8
 """After SIGTERM. Where the whole process group got it, Ray's own processes are gone, and ending hangs."""
 RESUME_HINT = "--resume goes on from the last checkpoint, if there is one"
+TERMINATED_TEXT = f"terminated; {RESUME_HINT}"
 
 
 @app.callback()
@@ -85,31 +86,33 @@ class _errors_for_people:  # noqa: N801  a context manager, used like a function
 
     def __init__(self, verbose: bool) -> None:
         self._verbose = verbose
+        self._terminated = False
 
     def __enter__(self) -> None:
         sys.path.insert(0, str(Path.cwd()))  # reward functions of the folder the run is started from
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, self._terminate)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, KeyboardInterrupt):
             self._end(f"interrupted; {RESUME_HINT}", INTERRUPTED)
+        if self._terminated:
+            sys.exit(TERMINATED)  # Ray turns the code of an exit that is raised inside its waits into 1
         if isinstance(error, SystemExit) and error.code == signal.SIGTERM:
-            _terminate()  # it came while ray.init had a handler of its own in place
+            self._end(TERMINATED_TEXT, TERMINATED)  # it came while ray.init had a handler of its own in place
         if isinstance(error, RunError) and not self._verbose:
             self._end(f"error: {error}", error.exit_code)
+
+    def _terminate(self, *_: object) -> NoReturn:
+        self._terminated = True
+        watchdog = threading.Timer(TERMINATION_DEADLINE_S, os._exit, args=(TERMINATED,))
+        watchdog.daemon = True
+        watchdog.start()
+        self._end(TERMINATED_TEXT, TERMINATED)
 
     @staticmethod
     def _end(message: str, code: int) -> NoReturn:
         print(message, file=sys.stderr, flush=True)
         sys.exit(code)
-
-
-def _terminate(*_: object) -> NoReturn:
-    print(f"terminated; {RESUME_HINT}", file=sys.stderr, flush=True)
-    watchdog = threading.Timer(TERMINATION_DEADLINE_S, os._exit, args=(TERMINATED,))
-    watchdog.daemon = True
-    watchdog.start()
-    sys.exit(TERMINATED)
 
 
 def main() -> None:
