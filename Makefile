@@ -30,15 +30,21 @@ quickstart: $(READY) ## Install, then run the main job on a built-in task
 
 .PHONY: test
 test: $(READY) ## Install, then run all tests
-	$(PYTEST) tests/unit tests/integration $(ARGS)
+	$(PYTEST) tests/unit --numprocesses 2 $(ARGS)
+	$(PYTEST) tests/integration --numprocesses 2 --dist loadfile $(ARGS)
+	$(PYTEST) tests/chaos $(ARGS)
 
 .PHONY: test-unit
 test-unit: $(READY) ## Only the fast tests: no Ray, no engine
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) tests/unit --numprocesses 2 $(ARGS)
 
 .PHONY: test-integration
 test-integration: $(READY) ## Only the tests with real workers
-	$(PYTEST) tests/integration $(ARGS)
+	$(PYTEST) tests/integration --numprocesses 2 --dist loadfile $(ARGS)
+
+.PHONY: chaos
+chaos: $(READY) ## Kill everything at seeded moments, for hours if asked: ARGS="--chaos-runs 20 --chaos-seed 7"
+	$(PYTEST) tests/chaos --chaos-runs 1 --chaos-out runs/chaos.json $(ARGS)
 
 .PHONY: check
 check: $(READY) ## Formatting, lint, types, import layers; changes nothing

@@ -10,8 +10,9 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -29,6 +30,7 @@ from rlhf_dist.algorithms.base import AlgorithmSettings
 from rlhf_dist.data.settings import DataSettings, SFTSettings
 from rlhf_dist.engines.settings import LearnerSettings, RolloutSettings, ScoringSettings
 from rlhf_dist.errors import ConfigError
+from rlhf_dist.experience.settings import ExperienceSettings
 from rlhf_dist.rewards.settings import RewardSettings
 from rlhf_dist.settings import Section
 
@@ -43,6 +45,9 @@ class RunSettings(Section):
     """Decides the order of prompts, every sampling seed and every shuffle."""
     num_steps: int = Field(default=100, ge=1)
     """Learner steps."""
+    deterministic: bool = False
+    """Give up speed where it costs repeatability. On CPU, synchronous training then ends with the same
+    parameters, bit for bit, every time; asynchronous training at least consumes prompts in order."""
     num_sample_answers: int = Field(default=3, ge=0)
     """Prompts whose greedy answers are shown before and after training."""
 
@@ -69,15 +74,6 @@ class ReferenceSettings(Section):
     """Checkpoint folder or hub name, with the policy's tokenizer. None: the starting policy."""
 
 
-class ExperienceSettings(Section):
-    """The queue between scoring and the learner."""
-
-    max_samples: int = Field(default=65_536, ge=1)
-    """Samples the queue may hold, leased ones included; producers wait beyond it."""
-    max_gib: float = Field(default=8.0, gt=0)
-    """The same bound in GiB of experience."""
-
-
 class WeightsSettings(Section):
     """Weight snapshots from the learner to the rollout workers."""
 
@@ -92,7 +88,13 @@ class CheckpointSettings(Section):
     every_steps: int = Field(default=20, ge=1)
     """Learner steps between two checkpoints; the last step is always saved."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints that stay on disk."""
+    """Checkpoints that stay on disk to go on from; the journal keeps what they need."""
+    best_metric: str | None = "reward_mean"
+    """A copy of the checkpoint that is best by this metric of `metrics.jsonl` stays as well, whatever
+    `keep_last` is. It is the metric of the step before, so of the policy that drew that step's samples.
+    None: no such copy."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether a high or a low value is the best."""
 
 
 class ClusterSettings(Section):
@@ -112,6 +114,26 @@ class ClusterSettings(Section):
     """Taking a snapshot, or loading and proving one."""
     checkpoint_timeout_s: float = Field(default=1800, gt=0)
     """Writing or reading a checkpoint or an export."""
+
+
+class RecoverySettings(Section):
+    """What happens when a worker, a role or a node is lost."""
+
+    max_restarts: int = Field(default=10, ge=0)
+    """Restarts of one worker within `window_s`, and however far apart between two learner steps; one more
+    stops the run. 0: the first loss does. The learner's ranks are started again together and count as one."""
+    window_s: float = Field(default=600, gt=0)
+    """What `max_restarts` counts over."""
+    backoff_s: float = Field(default=1, ge=0)
+    """Before a worker's second restart within the window; twice as long before each further one, up to a
+    minute. The first one is at once."""
+    heartbeat_interval_s: float = Field(default=5, gt=0)
+    """Between a worker's answer and the next question whether it lives."""
+    heartbeat_timeout_s: float = Field(default=60, gt=0)
+    """A worker that has not answered for so long is replaced: it was stopped, it hangs, or it is cut off."""
+    grace_period_s: float = Field(default=30, ge=0)
+    """From SIGTERM to the end: for the step under way and a last checkpoint. Where they take longer the run
+    ends without, and resumes from the checkpoint before."""
 
 
 def _algorithm_settings(value: Any) -> Any:
@@ -145,6 +167,7 @@ class Config(Section):
     weights: WeightsSettings = WeightsSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     cluster: ClusterSettings = ClusterSettings()
+    recovery: RecoverySettings = RecoverySettings()
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -183,10 +206,23 @@ class Config(Section):
                 f"algorithm.value_warmup_steps leaves none of the run.num_steps={self.run.num_steps} steps "
                 "to the policy"
             )
-        if self.experience.max_samples < num_samples:
+        steps_ahead = self.experience.max_staleness + 1
+        if self.experience.max_samples < steps_ahead * num_samples:
             raise ValueError(
-                f"experience.max_samples={self.experience.max_samples} cannot hold the {num_samples} samples "
-                "of a step (rollout.prompts_per_step x rollout.samples_per_prompt)"
+                f"experience.max_samples={self.experience.max_samples} cannot hold the "
+                f"{steps_ahead * num_samples} samples of {steps_ahead} step(s): experience.max_staleness + 1 "
+                "times rollout.prompts_per_step x rollout.samples_per_prompt"
+            )
+        slowest_s = self.cluster.step_timeout_s + self.cluster.weights_timeout_s
+        if self.experience.lease_timeout_s < slowest_s:
+            raise ValueError(
+                f"experience.lease_timeout_s={self.experience.lease_timeout_s:g} is less than a learner step "
+                f"may take, cluster.step_timeout_s + cluster.weights_timeout_s = {slowest_s:g}"
+            )
+        if self.experience.max_staleness > 0 and self.rollout.sampling.temperature_final is not None:
+            raise ValueError(
+                "rollout.sampling.temperature_final changes the temperature from step to step, and with "
+                f"experience.max_staleness={self.experience.max_staleness} steps overlap; drop one of them"
             )
         if self.rollout.sampling.temperature == 0:
             raise ValueError(
@@ -201,7 +237,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or broken, a key is unknown, a value has the wrong type or range.
     """
-    tree = _read_yaml(path)
+    tree = read_tree(path)
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree, source=str(path))
@@ -216,9 +252,9 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(problem, _algorithm_sections(tree)) for problem in error.errors()]
+        lines = _explain_all(error.errors(), _algorithm_sections(tree))
         raise ConfigError(
-            "\n".join([f"{source} cannot be used:", *(f"  {line}" for line in problems)])
+            "\n".join([f"{source} cannot be used:", *(f"  {line}" for line in lines)])
         ) from error
 
 
@@ -227,7 +263,12 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, as they are there.
+
+    Raises:
+        ConfigError: the file is missing or broken.
+    """
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -243,6 +284,38 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"configuration file {path} must hold sections (run:, policy:, …), not {tree!r}")
     return tree
+
+
+ABSENT: Any = object()
+"""In place of a value, where a tree does not have the key."""
+
+
+class Difference(NamedTuple):
+    """A key that has another value in another configuration."""
+
+    key: str
+    """As the user writes it: `reward.0.weight`."""
+    one: Any
+    other: Any
+
+
+def differences(one: Any, other: Any, key: str = "") -> list[Difference]:
+    """Where two configuration trees differ; a list of another length is one difference."""
+    pairs = _pairs(one, other)
+    if pairs is None:
+        return [] if one == other else [Difference(key, one, other)]
+    return [each for part, a, b in pairs for each in differences(a, b, f"{key}.{part}" if key else part)]
+
+
+def _pairs(one: Any, other: Any) -> list[tuple[str, Any, Any]] | None:
+    """What two sections, or two lists of as many sections, have under the same key; None: they are values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [(key, one.get(key, ABSENT), other.get(key, ABSENT)) for key in {**one, **other}]
+    if not (isinstance(one, list) and isinstance(other, list) and len(one) == len(other)):
+        return None
+    if not all(isinstance(entry, dict) for entry in [*one, *other]):
+        return None
+    return [(str(place), a, b) for place, (a, b) in enumerate(zip(one, other, strict=True))]
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -291,6 +364,31 @@ def _algorithm_sections(tree: dict[str, Any]) -> list[type[AlgorithmSettings]]:
     name = section.get("name", "ppo") if isinstance(section, dict) else "ppo"
     names = algorithms.algorithm_names()
     return [algorithms.settings_class(each) for each in ([name] if name in names else names)]
+
+
+def _explain_all(problems: Iterable[Any], algorithm: list[type[AlgorithmSettings]]) -> Iterable[str]:
+    """A line for each thing that is wrong. A value of none of a key's types is one thing, not one a type."""
+    known = set(_known_keys(Config, algorithm))
+    for location, group in groupby(problems, key=lambda problem: _key_of_several_types(problem, known)):
+        if location is None:
+            yield from (_explain(problem, algorithm) for problem in group)
+            continue
+        tried = list(group)
+        value = min(tried, key=lambda problem: len(problem["loc"]))["input"]  # not a part of it
+        names = dict.fromkeys(_location(problem["loc"])[len(location)] for problem in tried)
+        expected = " or ".join(name.replace("tuple", "list") for name in names)
+        yield f"{'.'.join(location)}={value!r}: input should be {expected}"
+
+
+def _key_of_several_types(problem: Any, known: set[str]) -> list[str] | None:
+    """Where a problem is with one of several types that a key may have, the key: pydantic adds the type."""
+    location = _location(problem["loc"])
+    names: list[str] = []
+    for depth, part in enumerate(location):
+        names += [] if part.isdigit() else [part]
+        if ".".join(names) not in known:
+            return None if problem["type"] == "extra_forbidden" else location[:depth]
+    return None
 
 
 def _explain(problem: Any, algorithm: list[type[AlgorithmSettings]]) -> str:

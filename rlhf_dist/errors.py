@@ -38,6 +38,10 @@ class RewardError(RunError):
     exit_code = 5
 
 
+class RewardTimeoutError(RewardError):
+    """A reward function did not return in time. Its thread cannot be ended: replace the worker."""
+
+
 class ResourceError(RunError):
     """The cluster cannot hold what was asked for."""
 
@@ -60,3 +64,27 @@ class WorkerError(RunError):
     """A worker died or failed in a call that was not the user's doing."""
 
     exit_code = 9
+
+
+class WorkerLostError(WorkerError):
+    """A worker's process or node is gone."""
+
+
+class DataLostError(WorkerError):
+    """What a call was to read is gone with the node that held it; the worker itself is well."""
+
+
+class LearnerLostError(WorkerError):
+    """A rank of the learner was lost or failed, and with it the whole group."""
+
+
+class TerminatedError(RunError):
+    """The run was told to end (SIGTERM), and did so in order."""
+
+    exit_code = 143
+
+
+class StorageError(RunError):
+    """A folder cannot be written: the disk is full, or it may not be written."""
+
+    exit_code = 10

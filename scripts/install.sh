@@ -34,16 +34,6 @@ find_python() {
     die "neither python3.11 nor python3.12 was found; install one, or name it: make install PYTHON=/path/to/python3.11"
 }
 
-check_compiler() {
-    local tool
-    for tool in gcc g++; do
-        command -v "$tool" >/dev/null ||
-            die "$tool is missing: DeepSpeed compiles a small op at its first start (Debian, Ubuntu: apt install build-essential)"
-    done
-    "$1" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-        die "Python.h is missing: DeepSpeed's op is compiled against it (Debian, Ubuntu: apt install $("$1" -c 'import sys; print("python3.%d-dev" % sys.version_info[1])'))"
-}
-
 make_environment() {
     if is_supported "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         say "using $VENV ($("$VENV/bin/python" --version))"
@@ -51,7 +41,6 @@ make_environment() {
     fi
     local python
     python=$(find_python)
-    check_compiler "$python"
     [ ! -e "$VENV" ] || say "replacing $VENV: no working Python 3.11 or 3.12 with pip in it"
     say "making $VENV ($("$python" --version))"
     "$python" -m venv --clear "$VENV" ||

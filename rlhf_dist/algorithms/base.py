@@ -19,16 +19,35 @@ from rlhf_dist.settings import Section
 
 Aggregation = Literal["token_mean", "seq_mean_token_sum", "seq_mean_token_mean", "seq_mean_token_sum_norm"]
 
+STATE_FILE = "algorithm.pt"
+"""In a checkpoint: what `Algorithm.state_dict` gave."""
+
 Stats = dict[str, torch.Tensor]
 """Scalars by metric name; means are over the valid tokens of the piece they were made from."""
 
 
 @dataclass(frozen=True)
+class TrustRegion:
+    """How far a step of the policy may go, and how it is found: see `ops.trust_region`."""
+
+    max_kl: float
+    """Mean KL(old || new) a token, in nats."""
+    cg_iterations: int
+    """Of conjugate gradients, at most."""
+    cg_damping: float
+    """Added to the diagonal of the Fisher matrix."""
+    backtrack_tries: int
+    """Fractions 1, 1/2, 1/4, ... of the step that the line search tries."""
+
+
+@dataclass(frozen=True)
 class Needs:
-    """What the driver must start for a recipe."""
+    """Models that the driver must start for a recipe, and how the learner is to step."""
 
     value_model: bool
     reference: bool
+    trust_region: TrustRegion | None = None
+    """The policy makes one such step a batch. None: its optimizer steps, minibatch by minibatch."""
 
 
 class AlgorithmSettings(Section):
@@ -64,6 +83,16 @@ class AlgorithmSettings(Section):
     def _target_needs_coef(self) -> AlgorithmSettings:
         if self.kl.target is not None and self.kl.coef == 0:
             raise ValueError("kl.target steers kl.coef, which is 0; start it above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _early_stop_measures_the_learner(self) -> AlgorithmSettings:
+        if self.target_kl is not None and self.correction.old_logprobs == "rollout":
+            raise ValueError(
+                f"target_kl={self.target_kl:g} stops a step by how far the policy moved in it, and "
+                "correction.old_logprobs=rollout would have it measure the sampler's gap as well; set "
+                "correction.old_logprobs=learner, or target_kl=null"
+            )
         return self
 
 
@@ -123,7 +152,7 @@ class Algorithm(Protocol):
 
     @property
     def needs(self) -> Needs:
-        """Which models the recipe works with."""
+        """Which models and which kind of step the recipe works with."""
 
     def trains_policy(self, step: int) -> bool:
         """Whether this learner step (from 0) updates the policy, or the value model only."""
@@ -143,7 +172,7 @@ class Algorithm(Protocol):
         """This piece's share of the value loss, to be summed over the pieces of a minibatch."""
 
     def after_updates(self, approx_kl: float) -> None:
-        """Called when a step has updated the policy; may update the recipe's own state.
+        """Called when a step has updated the policy, and only then; may update the recipe's own state.
 
         Args:
             approx_kl: k3 estimate of KL(old || new) a token, of the step's last minibatch over all ranks.

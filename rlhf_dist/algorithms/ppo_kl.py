@@ -9,7 +9,8 @@ Schulman et al. 2017, "Proximal Policy Optimization Algorithms", section 4:
 KL(old || new) is the k3 estimate r - 1 - log r on tokens that the old policy sampled, which is unbiased in
 value and gradient, and never negative. d is measured at a step's last minibatch, before its update: a step
 of a single update would always measure 0, so it needs two. `target_kl` may stop a step early as well; it
-must then be above `penalty_target` to leave the penalty something to do.
+must then be above `penalty_target` to leave the penalty something to do. The old policy must be the
+learner's: from the sampler's, d would be the gap between the two as well.
 """
 
 from __future__ import annotations
@@ -52,6 +53,25 @@ class Settings(CriticSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _beta_measures_the_learner(self) -> Settings:
+        if self.correction.old_logprobs == "rollout":
+            raise ValueError(
+                f"name=ppo_kl steers the KL that the updates of a step make to penalty_target="
+                f"{self.penalty_target:g}, and correction.old_logprobs=rollout would have it measure the "
+                "sampler's gap as well; set correction.old_logprobs=learner, or another name"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _early_stop_leaves_room(self) -> Settings:
+        if self.target_kl is not None and self.target_kl <= self.penalty_target:
+            raise ValueError(
+                f"target_kl={self.target_kl:g} ends a step before the KL reaches penalty_target="
+                f"{self.penalty_target:g}, so the penalty would only ever shrink; set target_kl above it"
+            )
+        return self
+
 
 class Recipe(CriticRecipe):
     """The `ppo_kl` algorithm."""
@@ -83,6 +103,7 @@ class Recipe(CriticRecipe):
         return loss + self.beta * total(self.settings, shift, micro), stats | {"penalty_coef": beta}
 
     def after_updates(self, approx_kl: float) -> None:
+        super().after_updates(approx_kl)
         factor = 1.0
         if approx_kl < self.settings.penalty_target / TOLERANCE:
             factor = 0.5

@@ -8,9 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
 
-from rlhf_dist.errors import DeadlineError, RunError, WorkerError
+from rlhf_dist.errors import DataLostError, DeadlineError, RunError, WorkerError, WorkerLostError
+
+PROCESS_LOST = (RayActorError, NodeDiedError, WorkerCrashedError)
+TASK_LOST = (NodeDiedError, WorkerCrashedError, TaskUnschedulableError)
+"""Behind the error of a call: of the task that was to make what the call reads."""
 
 REMEDY = (
     "--verbose shows the workers' output, which also is in the logs of Ray's session (by default "
@@ -35,12 +48,13 @@ def wait_for(call: Call, timeout_s: float) -> Any:
     Raises:
         DeadlineError: it did not come in time.
         RunError: the user's error that the worker met, as it was raised there.
-        WorkerError: the worker died, or failed in any other way.
+        WorkerLostError: the worker died.
+        WorkerError: it failed in any other way.
     """
     try:
         return ray.get(call.ref, timeout=timeout_s)
     except GetTimeoutError as error:
-        raise _late(call.worker, call.action, timeout_s) from error
+        raise late(call.worker, call.action, timeout_s) from error
     except RayError as error:
         raise explain(error, call.worker, call.action) from error
 
@@ -57,8 +71,10 @@ def wait_for_all(calls: Sequence[Call], timeout_s: float) -> list[Any]:
         remaining_s = max(0.0, deadline - time.monotonic())
         done, _ = ray.wait(list(pending), num_returns=1, timeout=remaining_s)
         if not done:
-            late = next(iter(pending.values()))
-            raise _late(late.worker, late.action, timeout_s, f"{len(pending)} of {len(calls)} calls are open")
+            waiting = next(iter(pending.values()))
+            raise late(
+                waiting.worker, waiting.action, timeout_s, f"{len(pending)} of {len(calls)} calls are open"
+            )
         wait_for(pending.pop(done[0]), timeout_s)
     return [ray.get(call.ref) for call in calls]
 
@@ -72,7 +88,7 @@ def next_of(stream: ray.ObjectRefGenerator, worker: str, action: str, timeout_s:
     """
     ready, _ = ray.wait([stream], timeout=timeout_s, fetch_local=False)
     if not ready:
-        raise _late(worker, action, timeout_s)
+        raise late(worker, action, timeout_s)
     return Call(next(stream), worker, action)
 
 
@@ -83,19 +99,31 @@ def explain(error: RayError, worker: str, action: str) -> RunError:
         cause = cause.cause
     if isinstance(cause, RunError):
         return cause
+    if isinstance(cause, TASK_LOST):
+        return _data_lost(cause, worker, action)
     if isinstance(cause, RayError):
         return explain(cause, worker, action)
     if cause is not None:
         return WorkerError(f"{worker} failed to {action}: {type(cause).__name__}: {cause}; {REMEDY}")
-    if isinstance(error, ActorDiedError | RayActorError):
-        return WorkerError(
+    if isinstance(error, PROCESS_LOST):
+        return WorkerLostError(
             f"{worker} died while it was to {action}: {_first_line(error)} It was killed, by hand or for "
             f"want of memory, or it crashed; {REMEDY}"
         )
+    if isinstance(error, ObjectLostError):
+        return _data_lost(error, worker, action)
     return WorkerError(f"{worker} failed to {action}: {type(error).__name__}: {_first_line(error)}; {REMEDY}")
 
 
-def _late(worker: str, action: str, timeout_s: float, more: str = "") -> DeadlineError:
+def _data_lost(error: RayError, worker: str, action: str) -> DataLostError:
+    return DataLostError(
+        f"{worker} could not {action}, since what it was to read is gone with another process or node: "
+        f"{_first_line(error)}; {REMEDY}"
+    )
+
+
+def late(worker: str, action: str, timeout_s: float, more: str = "") -> DeadlineError:
+    """The error of a call that is past its deadline."""
     return DeadlineError(
         f"{worker} did not {action} within {timeout_s:g} s{more and f' ({more})'}; "
         f"it may be stuck, or too slow for the deadline in the section `cluster`; {REMEDY}"

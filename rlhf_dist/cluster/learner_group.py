@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import ray
-
-from rlhf_dist.cluster.calls import Call, wait_for_all
+from rlhf_dist.cluster.events import Events
+from rlhf_dist.cluster.experience_queue import LeasedBatch
 from rlhf_dist.cluster.learner_worker import LearnerWorker
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.rank_group import RankGroup
 from rlhf_dist.config import ClusterSettings
-from rlhf_dist.types import WeightManifest
+from rlhf_dist.types import FileDigest, PublishedWeights
 
 
 class LearnerGroup(RankGroup):
@@ -22,9 +22,12 @@ class LearnerGroup(RankGroup):
         """Create the ranks."""
         super().__init__(LearnerWorker, share, cluster)
 
-    def step(self, batches: list[ray.ObjectRef], step: int, temperature: float) -> dict[str, float]:
+    def step(
+        self, events: Events, batches: list[LeasedBatch], step: int, temperature: float
+    ) -> dict[str, float]:
         """One learner step on every rank; the metrics are the same on each."""
-        return self.workers.call_all(
+        return self.call_all(
+            events,
             "step",
             batches,
             step,
@@ -33,24 +36,29 @@ class LearnerGroup(RankGroup):
             timeout_s=self.cluster.step_timeout_s,
         )[0]
 
-    def publish(self, version: int, probe_tokens: Sequence[int]) -> tuple[WeightManifest, ray.ObjectRef]:
-        """A snapshot of the policy: its manifest, and a reference to its bytes."""
-        manifests: list[Call] = []
-        payloads: list[ray.ObjectRef] = []
-        for rank, actor in enumerate(self.workers.actors):
-            manifest, payload = actor.snapshot.options(num_returns=2).remote(version, probe_tokens)
-            manifests.append(Call(manifest, self.workers.name(rank), "take a weight snapshot"))
-            payloads.append(payload)
-        return wait_for_all(manifests, self.cluster.weights_timeout_s)[0], payloads[0]
+    def publish(self, events: Events, version: int, probe_tokens: Sequence[int]) -> PublishedWeights:
+        """Have rank 0 write a snapshot of the policy into its node's shared memory."""
+        return self.call_all(
+            events,
+            "publish",
+            version,
+            probe_tokens,
+            action=f"publish policy version {version}",
+            timeout_s=self.cluster.weights_timeout_s,
+        )[0]
 
-    def save(self, folder: Path) -> None:
-        """Write every rank's share of a checkpoint into an existing folder."""
-        self.workers.call_all(
-            "save", folder, action="save a checkpoint", timeout_s=self.cluster.checkpoint_timeout_s
-        )
+    def export_adapters(self, events: Events, folder: Path) -> None:
+        """Write the policy's adapters alone, as `peft` reads them."""
+        self._with_files(events, "export_adapters", folder, "export the adapters")
 
-    def load(self, folder: Path) -> None:
+    def save(self, events: Events, folder: Path) -> dict[str, FileDigest]:
+        """Write a checkpoint into an existing folder; its files, by the path in it."""
+        return self._with_files(events, "save", folder, "save a checkpoint")
+
+    def load(self, events: Events, folder: Path) -> None:
         """Continue from a checkpoint."""
-        self.workers.call_all(
-            "load", folder, action="load a checkpoint", timeout_s=self.cluster.checkpoint_timeout_s
-        )
+        self._with_files(events, "load", folder, "load a checkpoint")
+
+    def _with_files(self, events: Events, method: str, folder: Path, action: str) -> Any:
+        timeout_s = self.cluster.checkpoint_timeout_s
+        return self.call_all(events, method, folder, action=action, timeout_s=timeout_s)[0]

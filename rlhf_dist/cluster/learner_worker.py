@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from rlhf_dist.cluster.process_group import RankWorker, Rendezvous
-from rlhf_dist.types import WeightManifest, WeightPayload
+from rlhf_dist.types import FileDigest, PublishedWeights
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from rlhf_dist.algorithms.base import AlgorithmSettings
+    from rlhf_dist.cluster.experience_queue import LeasedBatch
     from rlhf_dist.engines.settings import LearnerSettings
 
 
@@ -29,10 +33,15 @@ class LearnerWorker(RankWorker):
         value_model: str | None,
         num_steps: int,
         seed: int,
+        journal: Path,
         collective_timeout_s: float,
     ) -> None:
-        """Join the group and load the models."""
-        self._timeout_s = collective_timeout_s
+        """Join the group and load the models.
+
+        Args:
+            journal: its folder, for batches that are in no object store any more.
+        """
+        self._journal, self._timeout_s = journal, collective_timeout_s
         self._join(rendezvous, settings, collective_timeout_s)
         from rlhf_dist.algorithms import make_algorithm
         from rlhf_dist.engines.learner import Learner
@@ -48,27 +57,43 @@ class LearnerWorker(RankWorker):
             seed=seed,
         )
 
-    def step(self, batches: list[ray.ObjectRef], step: int, temperature: float) -> dict[str, float]:
-        """Train on leased batches; the references come wrapped in a list, so only the ranks read them."""
+    def step(self, batches: list[LeasedBatch], step: int, temperature: float) -> dict[str, float]:
+        """Train on leased batches; the references come inside a list, so only the ranks read them."""
         from rlhf_dist.experience.samples import Samples
 
-        samples = Samples.from_batches(ray.get(batches, timeout=self._timeout_s))
+        samples = Samples.from_batches(read_leased(batches, self._journal, timeout_s=self._timeout_s))
         return self._learner.step(samples, step=step, temperature=temperature)
 
-    def snapshot(
-        self, version: int, probe_tokens: Sequence[int]
-    ) -> tuple[WeightManifest | None, WeightPayload | None]:
-        """Rank 0: the manifest for the driver and the payload for the rollout workers, as two objects."""
-        return self._learner.snapshot(version, probe_tokens) or (None, None)
+    def publish(self, version: int, probe_tokens: Sequence[int]) -> PublishedWeights | None:
+        """Write a weight snapshot into this node's shared memory. Rank 0 says where; None from the others."""
+        return self._learner.publish(version, probe_tokens, node=ray.get_runtime_context().get_node_id())
 
     def export_policy(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, without its tokenizer."""
         self._learner.export_policy(folder)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of a checkpoint."""
-        self._learner.save(folder)
+    def export_adapters(self, folder: Path) -> None:
+        """Write the policy's adapters alone, as `peft` reads them."""
+        self._learner.export_adapters(folder)
+
+    def save(self, folder: Path) -> dict[str, FileDigest]:
+        """Take part in writing a checkpoint. Rank 0 says which files it wrote; none from the others."""
+        return self._learner.save(folder)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint."""
         self._learner.load(folder)
+
+
+def read_leased(batches: Sequence[LeasedBatch], journal: Path, *, timeout_s: float) -> list[pa.RecordBatch]:
+    """The rows on loan, from the object store, and from the journal where that is all there is."""
+    from rlhf_dist.experience.journal import JournalReader, take_rows
+
+    stored = [batch for batch in batches if batch.ref]
+    try:
+        wholes = ray.get([batch.ref[0] for batch in stored], timeout=timeout_s)
+    except ObjectLostError:  # with the node that held one of them
+        return JournalReader(journal).read_rows([batch.rows for batch in batches])
+    found = [take_rows(whole, batch.rows.rows) for whole, batch in zip(wholes, stored, strict=True)]
+    written = [batch.rows for batch in batches if not batch.ref]
+    return found + (JournalReader(journal).read_rows(written) if written else [])

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
 
+from rlhf_dist.cluster.liveness import Worker
+
 if TYPE_CHECKING:
     from rlhf_dist.engines.settings import LearnerSettings
+
+
+LOCAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+NUM_PORTS, NUM_TRIES = 10_000, 1000
+
+
+def free_port() -> int:
+    """A port of this node that stays free: below those that the kernel hands to whoever asks for any.
+
+    The ranks import for seconds before rank 0 listens there.
+
+    Raises:
+        OSError: none was found.
+    """
+    end = int(LOCAL_PORTS.read_text().split()[0])
+    dice = random.SystemRandom()  # the seed of a run must not give all its groups one port
+    for _ in range(NUM_TRIES):
+        port = dice.randrange(max(1024, end - NUM_PORTS), end)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port below {end} was found in {NUM_TRIES} tries")
 
 
 @dataclass(frozen=True)
@@ -20,7 +49,7 @@ class Rendezvous:
     port: int
 
 
-class RankWorker:
+class RankWorker(Worker):
     """What every actor that is a rank has."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
@@ -28,9 +57,7 @@ class RankWorker:
 
     def open_rendezvous(self) -> Rendezvous:
         """Rank 0 only: where the group will meet."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return Rendezvous(ray.util.get_node_ip_address(), probe.getsockname()[1])
+        return Rendezvous(ray.util.get_node_ip_address(), free_port())
 
     def _join(self, rendezvous: Rendezvous, settings: LearnerSettings, timeout_s: float) -> None:
         """Join the group; `timeout_s` is the deadline of each later collective."""

@@ -1,21 +1,31 @@
-"""All rollout workers: prompts spread over them, weights brought to every one."""
+"""All rollout workers: prompts handed to them, rollouts as they finish, weights brought to every one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from rlhf_dist.cluster.calls import Call, next_of, wait_for
+from rlhf_dist.cluster.calls import Call, wait_for
+from rlhf_dist.cluster.events import Events
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.rollout_worker import RolloutWorker
+from rlhf_dist.cluster.segment_copy import copy_to_object_store
 from rlhf_dist.cluster.workers import Workers
 from rlhf_dist.config import ClusterSettings
 from rlhf_dist.engines.settings import RolloutSettings
-from rlhf_dist.errors import DeadlineError
-from rlhf_dist.types import ServedVersion, WeightManifest
+from rlhf_dist.errors import DataLostError, RunError, WeightsError
+from rlhf_dist.experience.dispatch import WorkerLoad
+from rlhf_dist.types import PromptAttempt, PublishedWeights, RolloutReport, ServedVersion
+
+OnBatch = Callable[[ray.ObjectRef, RolloutReport], None]
+OnServed = Callable[[ServedVersion], None]
+OnAnswers = Callable[[list[str]], None]
 
 
 class RolloutPool:
@@ -34,74 +44,175 @@ class RolloutPool:
         Args:
             prompts: the tokenized data set; put into the object store once, mapped by every worker.
         """
-        self._cluster = cluster
-        table = ray.put(prompts)
+        self._settings, self._cluster = settings, cluster
+        self.prompts = ray.put(prompts)
+        """Reference to the tokenized data set."""
 
         def arguments(index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return (f"rollout worker {index}", settings), worker_arguments | {"prompts": table}
+            return (f"rollout worker {index}", settings), worker_arguments | {"prompts": self.prompts}
 
-        self._workers = Workers(
+        self.workers = Workers(
             RolloutWorker, share, placement_timeout_s=cluster.placement_timeout_s, arguments=arguments
         )
+        self._elsewhere: set[int] = set()  # workers that cannot map the learner's memory
+        self._under_way: list[Counter[int]] = [Counter() for _ in range(len(self.workers))]
+        """For each worker: samples that are still to come, by ordinal."""
 
-    def start(self) -> list[Call]:
-        """Have every engine begin to load; wait for the calls to know that it did."""
-        return self._workers.start(action="start its vLLM engine")
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def start(self, events: Events, index: int, on_started: Callable[[], None]) -> None:
+        """Have a worker load its engine."""
+        self.workers.expect(
+            events,
+            index,
+            "start",
+            action="start its vLLM engine",
+            then=lambda _: on_started(),
+            timeout_s=self._cluster.start_timeout_s,
+        )
+
+    def dismiss(self, events: Events, index: int) -> None:
+        """Kill a worker; what it had under way will not come."""
+        self.workers.dismiss(events, index)
+        self._under_way[index].clear()
+        self._elsewhere.discard(index)
+
+    def loads(self, indices: Iterable[int]) -> list[WorkerLoad]:
+        """What these workers have to do, and how many prompts more each takes: an engine's sequences and a
+        quarter more, which wait in it for the next free place; at least one prompt."""
+        per_prompt = self._settings.samples_per_prompt
+        capacity = self._settings.max_num_seqs + math.ceil(self._settings.max_num_seqs / 4)
+        max_tokens = self._settings.sampling.max_tokens
+        loads = []
+        for index in indices:
+            num_samples = self._under_way[index].total()
+            room = (capacity - num_samples) // per_prompt
+            loads.append(
+                WorkerLoad(
+                    index,
+                    num_tokens=num_samples * max_tokens,
+                    tokens_per_prompt=per_prompt * max_tokens,
+                    room=max(room, 0 if num_samples else 1),
+                )
+            )
+        return loads
 
     def generate(
-        self, prompts: Sequence[tuple[int, int]], temperature: float
-    ) -> Iterator[tuple[ray.ObjectRef, int]]:
-        """Batches of rollouts as they finish on any worker: a reference and its number of samples.
+        self, events: Events, index: int, prompts: Sequence[tuple[PromptAttempt, int]], temperature: float
+    ) -> None:
+        """Have a worker begin with prompts, each with its row of the data set."""
+        for attempt, _ in prompts:
+            self._under_way[index][attempt.ordinal] += len(attempt.samples)
+        self.workers.expect(
+            events,
+            index,
+            "generate",
+            prompts,
+            temperature,
+            action="take prompts",
+            then=lambda _: None,
+            timeout_s=self._cluster.generate_timeout_s,
+        )
+
+    def listen(self, events: Events, index: int, on_batch: OnBatch) -> None:
+        """Have `on_batch` called with the reference of each batch of a worker's finished rollouts, and its
+        report."""
+        stream = self.workers.actors[index].results.options(num_returns="streaming").remote()
+        events.listen(
+            stream,
+            self.workers.name(index),
+            "finish samples (cluster.generate_timeout_s)",
+            partial(self._on_item, index, [], on_batch),
+            self._cluster.generate_timeout_s,
+            idle=partial(self._is_idle, index),
+            on_failure=lambda error: self.workers.on_failure(index, error),
+        )
+
+    def answer(self, events: Events, index: int, rows: Sequence[int], then: OnAnswers) -> None:
+        """Have `then` called with a worker's greedy responses to rows of the data set."""
+        self.workers.expect(
+            events,
+            index,
+            "answer",
+            rows,
+            action="answer sample prompts",
+            then=then,
+            timeout_s=self._cluster.generate_timeout_s,
+        )
+
+    def load_weights(
+        self,
+        events: Events,
+        published: PublishedWeights,
+        on_served: OnServed,
+        *,
+        indices: Iterable[int] | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Have workers load and prove a snapshot; `on_served` is called with each proof.
+
+        Those on the learner's node map it. For the others, which say so when first asked, it is copied into
+        the object store, and their nodes pull it once each.
 
         Args:
-            prompts: (ordinal, row of the data set) of each.
+            indices: of the workers; None for all.
+            is_wanted: nobody wants a snapshot any more whose learner is gone, and that it cannot be read or
+                proved is no failure then.
         """
-        streams: dict[Any, int] = {}
-        for index, actor in enumerate(self._workers.actors):
-            part = prompts[index :: len(self._workers)]
-            if part:
-                stream = actor.generate.options(num_returns="streaming").remote(part, temperature)
-                streams[stream] = index
-        while streams:
-            ready, _ = ray.wait(
-                list(streams), num_returns=1, timeout=self._cluster.generate_timeout_s, fetch_local=False
-            )
-            if not ready:
-                names = ", ".join(self._workers.name(index) for index in streams.values())
-                raise DeadlineError(
-                    f"{names} finished no samples within {self._cluster.generate_timeout_s:g} s "
-                    "(cluster.generate_timeout_s)"
-                )
-            for stream in ready:
-                batch = self._next_batch(stream, self._workers.name(streams[stream]))
-                if batch is None:
-                    del streams[stream]
-                else:
-                    yield batch
+        payload = copy_to_object_store(published) if self._elsewhere else None
+        for index in range(len(self)) if indices is None else indices:
+            self._load(events, index, published, payload, on_served, is_wanted)
 
-    def answer(self, rows: Sequence[int]) -> list[str]:
-        """Greedy responses to rows of the data set, from one worker."""
-        call = self._workers.call(0, "answer", rows, action="answer sample prompts")
-        return wait_for(call, self._cluster.generate_timeout_s)
-
-    def load_weights(self, manifest: WeightManifest, payload: ray.ObjectRef) -> list[ServedVersion]:
-        """Have every worker load and prove a snapshot; the payload goes from the object store to them."""
-        return self._workers.call_all(
-            "load_weights",
-            manifest,
-            payload,
-            action=f"load policy version {manifest.version}",
-            timeout_s=self._cluster.weights_timeout_s,
-        )
+    def unpublish(self) -> None:
+        """The learner is gone: who could not map its memory may map that of the next one."""
+        self._elsewhere.clear()
 
     def end(self) -> None:
         """Kill the workers."""
-        self._workers.end()
+        self.workers.end()
 
-    def _next_batch(self, stream: Any, worker: str) -> tuple[ray.ObjectRef, int] | None:
-        timeout_s = self._cluster.generate_timeout_s
+    def _is_idle(self, index: int) -> bool:
+        return not self._under_way[index]
+
+    def _load(
+        self,
+        events: Events,
+        index: int,
+        published: PublishedWeights,
+        payload: ray.ObjectRef | None,
+        on_served: OnServed,
+        is_wanted: Callable[[], bool],
+    ) -> None:
+        def then(proof: ServedVersion | None) -> None:
+            if proof is not None:
+                on_served(proof)
+            elif is_wanted():
+                self._elsewhere.add(index)
+                copied = copy_to_object_store(published)
+                self._load(events, index, published, copied, on_served, is_wanted)
+
+        def failed(error: RunError) -> None:
+            if is_wanted() or not isinstance(error, WeightsError | DataLostError):
+                self.workers.on_failure(index, error)
+
+        action = f"load policy version {published.manifest.version}"
+        given = payload if index in self._elsewhere else None
+        call = self.workers.call(index, "load_weights", published, given, action=action)
+        events.expect(call, then, self._cluster.weights_timeout_s, on_failure=failed)
+
+    def _on_item(
+        self, index: int, unreported: list[ray.ObjectRef], on_batch: OnBatch, item: ray.ObjectRef
+    ) -> None:
+        """A worker's items are by turns batches and their reports."""
+        if not unreported:
+            unreported.append(item)
+            return
+        call = Call(item, self.workers.name(index), "generate")
         try:
-            num_samples = wait_for(next_of(stream, worker, "generate", timeout_s), timeout_s)
-        except StopIteration:
-            return None
-        return next_of(stream, worker, "hand over its samples", timeout_s).ref, num_samples
+            report = wait_for(call, self._cluster.generate_timeout_s)
+        except RunError as error:
+            self.workers.on_failure(index, error)
+            return
+        self._under_way[index] -= Counter(report.ordinals)
+        on_batch(unreported.pop(), report)

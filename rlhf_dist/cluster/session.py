@@ -41,6 +41,7 @@ def ray_session(address: str | None, *, verbose: bool) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, on_terminate)  # which put the system's default in place
 
 
 def _check_address(target: str) -> None:

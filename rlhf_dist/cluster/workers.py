@@ -1,4 +1,4 @@
-"""Starting the workers of one role in their placement group, and ending them."""
+"""Starting the workers of one role in their placement group, replacing those that are lost, ending them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
-from rlhf_dist.cluster.calls import Call, wait_for_all
+from rlhf_dist.cluster.calls import Call
+from rlhf_dist.cluster.events import Events, Handler
+from rlhf_dist.cluster.liveness import Heartbeats, actor_class_of
 from rlhf_dist.cluster.placement import RoleShare, options_in, reserve
+from rlhf_dist.errors import RunError
+
+OnWorkerFailure = Callable[[int, RunError], None]
+
+
+def end_the_run(_: int, error: RunError) -> None:
+    """What a failed worker means where nobody replaces it."""
+    raise error
 
 
 class Workers:
@@ -28,14 +38,13 @@ class Workers:
         Args:
             arguments: positional and keyword arguments of worker `index`.
         """
-        self._share = share
+        self._share, self._arguments = share, arguments
         self._group = reserve(share, timeout_s=placement_timeout_s)
-        actor_class = ray.remote(worker_class)
-        self.actors = []
-        for index in range(share.num_workers):
-            args, kwargs = arguments(index)
-            options = options_in(self._group, index, share)
-            self.actors.append(actor_class.options(**options).remote(*args, **kwargs))
+        self._actor_class = actor_class_of(worker_class)
+        self._lives = [0] * share.num_workers  # how often each was replaced
+        self.actors = [self._create(index) for index in range(share.num_workers)]
+        self.on_failure: OnWorkerFailure = end_the_run
+        """Called with the worker's index and what a call to it, or a heartbeat, ended with."""
 
     def __len__(self) -> int:
         return len(self.actors)
@@ -46,19 +55,77 @@ class Workers:
 
     def call(self, index: int, method: str, *args: Any, action: str, **kwargs: Any) -> Call:
         """Call one worker."""
-        return Call(getattr(self.actors[index], method).remote(*args, **kwargs), self.name(index), action)
+        return self.as_call(getattr(self.actors[index], method).remote(*args, **kwargs), index, action)
 
-    def call_all(self, method: str, *args: Any, action: str, timeout_s: float, **kwargs: Any) -> list[Any]:
-        """Call every worker with the same arguments and wait for all of them."""
-        calls = [self.call(index, method, *args, action=action, **kwargs) for index in range(len(self))]
-        return wait_for_all(calls, timeout_s)
+    def as_call(self, ref: ray.ObjectRef, index: int, action: str) -> Call:
+        """A call to a worker that was made with options of its own."""
+        return Call(ref, self.name(index), action)
+
+    def expect(
+        self,
+        events: Events,
+        index: int,
+        method: str,
+        *args: Any,
+        action: str,
+        then: Handler,
+        timeout_s: float,
+    ) -> None:
+        """Call one worker and have `then` called with the result, or `on_failure` with what went wrong."""
+        call = self.call(index, method, *args, action=action)
+        events.expect(call, then, timeout_s, on_failure=lambda error: self.on_failure(index, error))
+
+    def calls(self, method: str, *args: Any, action: str) -> list[Call]:
+        """Call every worker with the same arguments."""
+        return [self.call(index, method, *args, action=action) for index in range(len(self))]
 
     def start(self, *args: Any, action: str, **kwargs: Any) -> list[Call]:
-        """Have every worker begin to load; wait for the calls to know that they did."""
+        """Have every worker begin to load; wait for the calls to know that it did."""
         return [self.call(index, "start", *args, action=action, **kwargs) for index in range(len(self))]
+
+    def watch(self, heartbeats: Heartbeats, index: int) -> None:
+        """Have `on_failure` called when a worker stops answering, until it is replaced."""
+        life = self._lives[index]
+        heartbeats.watch(
+            self.name(index),
+            self.actors[index],
+            is_current=lambda: self._lives[index] == life,
+            on_failure=lambda error: self.on_failure(index, error),
+        )
+
+    def life(self, index: int) -> int:
+        """How often a worker was replaced: tells an answer of the one before from one of this one."""
+        return self._lives[index]
+
+    def dismiss(self, events: Events, index: int) -> None:
+        """Kill a worker, whatever it is doing, and wait for nothing more from it."""
+        self._lives[index] += 1
+        events.forget(self.name(index))
+        ray.kill(self.actors[index], no_restart=True)
+
+    def has_room(self, index: int) -> bool:
+        """Whether a worker has its place; not while the cluster looks for one, after its node was lost.
+
+        The place of another one may be gone for good: the group stays incomplete then, and has this one's.
+        """
+        group = placement_group_table(self._group)
+        if group["state"] == "CREATED":
+            return True
+        node = group["bundles_to_node_id"][index]  # bundle `index` is worker `index`'s, see `options_in`
+        return any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())
+
+    def replace(self, index: int) -> None:
+        """Create a new actor in the place of a dismissed one."""
+        self.actors[index] = self._create(index)
 
     def end(self) -> None:
         """Kill the actors and give their room back."""
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
         remove_placement_group(self._group)
+
+    def _create(self, index: int) -> Any:
+        args, kwargs = self._arguments(index)
+        return self._actor_class.options(**options_in(self._group, index, self._share)).remote(
+            *args, **kwargs
+        )

@@ -9,12 +9,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from rlhf_dist.data.shuffle import permutation
 
 MicroBatch = list[int]
 """Sample indices of one forward pass; empty: the rank takes part with a zero loss."""
+
+MAX_PADDING_SHARE = 0.05
+"""Padding in a padded micro-batch, at most."""
 
 RankBatches = list[list[MicroBatch]]
 """[rank][micro-batch]: what each rank computes; the same count for every rank."""
@@ -30,6 +33,13 @@ class Plan:
     epochs: list[list[RankBatches]]
     """[epoch][minibatch][rank][micro-batch]: one optimizer step a minibatch."""
 
+    def padding_share(self, lengths: Sequence[int], *, packed: bool) -> float:
+        """Share of the step's computed tokens that are padding."""
+        if packed:
+            return 0.0
+        passes = chain([self.forward], chain.from_iterable(self.epochs))
+        return padding_share(lengths, [batch for ranks in passes for rank in ranks for batch in rank])
+
 
 def learner_plan(
     lengths: Sequence[int],
@@ -38,13 +48,15 @@ def learner_plan(
     num_epochs: int,
     num_minibatches: int,
     max_tokens_per_micro_batch: int,
+    packed: bool,
     seed: int | tuple[int, ...],
 ) -> Plan:
     """Every epoch covers each sample once; minibatches are of equal size, or differ by one sample.
 
     Which samples form a minibatch follows from (seed, epoch) and never from `num_ranks`, so that
     the same step is computed on any number of ranks; hence a rank has other samples in each
-    minibatch. A tuple, such as (run seed, step), gives each step shuffles of its own.
+    minibatch. A tuple, such as (run seed, step), gives each step shuffles of its own. `packed`: see
+    `micro_batches`.
     """
     if not 1 <= num_minibatches <= len(lengths):
         raise ValueError(
@@ -52,8 +64,10 @@ def learner_plan(
         )
     key = (seed,) if isinstance(seed, int) else seed
 
-    def spread(samples: Sequence[int]) -> RankBatches:
-        return _over_ranks(sorted(samples), lengths, num_ranks, max_tokens_per_micro_batch)
+    def spread(unordered: Sequence[int]) -> RankBatches:
+        samples = sorted(unordered)
+        parts = _taken(samples, balance([lengths[sample] for sample in samples], num_ranks))
+        return _cut_evenly(parts, lengths, max_tokens_per_micro_batch, packed=packed)
 
     return Plan(
         forward=spread(range(len(lengths))),
@@ -81,20 +95,47 @@ def balance(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
-    """Indices of `lengths` grouped so that the padded size, samples * longest, is at most `max_tokens`.
+def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool) -> list[MicroBatch]:
+    """Indices of `lengths` grouped so that a group computes at most `max_tokens`, each longest first.
 
-    Neighbours in length share a micro-batch, so little is padding; of all such groupings this has
-    the fewest micro-batches. A sample longer than `max_tokens` forms one of its own, over the limit.
+    A sample longer than `max_tokens` forms a group of its own, over the limit.
+
+    Args:
+        packed: whether a group costs the sum of its lengths, or the number of samples times the longest, of
+            which at most `MAX_PADDING_SHARE` is then padding.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: a micro-batch holds at least one token")
+    return _packs(lengths, max_tokens) if packed else _rectangles(lengths, max_tokens)
+
+
+def _packs(lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+    """First fit, longest first: at most 11/9 of the fewest possible groups, and one (Johnson 1973)."""
     batches: list[MicroBatch] = []
+    room: list[int] = []
     for index in _longest_first(lengths):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+        place = next((place for place, free in enumerate(room) if lengths[index] <= free), None)
+        if place is None:
+            batches.append([])
+            room.append(max_tokens)
+            place = len(batches) - 1
+        batches[place].append(index)
+        room[place] -= lengths[index]
+    return batches
+
+
+def _rectangles(lengths: Sequence[int], max_tokens: int) -> list[MicroBatch]:
+    """Neighbours in length together, as many as the limits allow."""
+    batches: list[MicroBatch] = []
+    used = 0  # tokens of the last batch
+    for index in _longest_first(lengths):
+        padded = (len(batches[-1]) + 1) * lengths[batches[-1][0]] if batches else 0
+        used += lengths[index]
+        if batches and padded <= max_tokens and used >= (1 - MAX_PADDING_SHARE) * padded:
             batches[-1].append(index)
         else:
             batches.append([index])
+            used = lengths[index]
     return batches
 
 
@@ -117,11 +158,14 @@ def padding_share(lengths: Sequence[int], batches: Sequence[MicroBatch]) -> floa
     return 1 - used / padded if padded else 0.0
 
 
-def _over_ranks(
-    samples: Sequence[int], lengths: Sequence[int], num_ranks: int, max_tokens: int
+def _cut_evenly(
+    parts: Sequence[Sequence[int]], lengths: Sequence[int], max_tokens: int, *, packed: bool
 ) -> RankBatches:
-    parts = _taken(samples, balance([lengths[sample] for sample in samples], num_ranks))
-    ranks = [_taken(part, micro_batches([lengths[sample] for sample in part], max_tokens)) for part in parts]
+    """Each rank's samples in micro-batches, of which every rank gets the same number."""
+    ranks = [
+        _taken(part, micro_batches([lengths[sample] for sample in part], max_tokens, packed=packed))
+        for part in parts
+    ]
     count = max(len(batches) for batches in ranks)
     return [split_to_count(batches, count) for batches in ranks]
 

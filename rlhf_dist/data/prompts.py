@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 from numpy.typing import NDArray
 
 from rlhf_dist.data.settings import DataSettings
@@ -30,8 +32,17 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("prompt", pa.string(), nullable=False),  # as in the source; of messages, the last user's
         pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),  # rendered
         pa.field("columns", pa.string(), nullable=False),  # JSON object of the row's columns, for rewards
+        pa.field("max_response_tokens", pa.int32()),  # null: the run's limit is the only one
     ]
 )
+
+
+class Fingerprint(NamedTuple):
+    """What tells the prompts of one run from those of another."""
+
+    num_prompts: int
+    xxh3_128: str
+    """Of the lengths, then of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,15 @@ class PromptSet:
 
     def __len__(self) -> int:
         return self.table.num_rows
+
+    def fingerprint(self) -> Fingerprint:
+        """Of how many prompts there are, their tokens and their order."""
+        tokens = self.table["prompt_tokens"]
+        hasher = xxhash.xxh3_128()
+        for column in (pc.list_value_length(tokens), pc.list_flatten(tokens)):
+            for chunk in column.chunks:
+                hasher.update(chunk.to_numpy())
+        return Fingerprint(len(self), hasher.hexdigest())
 
 
 def load_prompts(
@@ -73,6 +93,9 @@ def load_prompts(
             "prompt": [encoded[index][0] for index in kept],
             "prompt_tokens": [encoded[index][1] for index in kept],
             "columns": [_columns_json(rows, index) for index in kept],
+            "max_response_tokens": [
+                _response_limit(rows, index, settings.max_response_tokens_column) for index in kept
+            ],
         },
         schema=PROMPT_SCHEMA,
     )
@@ -84,6 +107,18 @@ def _encode(rows: Rows, index: int, column: str, encoder: PromptEncoder) -> tupl
     place = f"{rows.place(index)}, column {column!r}"
     messages = as_messages(rows.value(index, column, setting="data.prompt_column"), place=place)
     return last_user_text(messages), encoder.encode_prompt(messages, place=place)
+
+
+def _response_limit(rows: Rows, index: int, column: str | None) -> int | None:
+    if column is None:
+        return None
+    limit = rows.value(index, column, setting="data.max_response_tokens_column")
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise DataError(
+            f"{rows.place(index)}, column {column!r}: {limit!r} where a whole number from 1 on is needed; "
+            "fix or remove the row, or name another column"
+        )
+    return limit
 
 
 def _columns_json(rows: Rows, index: int) -> str:

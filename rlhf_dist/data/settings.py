@@ -49,6 +49,11 @@ class DataSettings(SourceSettings):
     max_prompt_tokens: int | None = Field(default=None, gt=0)
     """Most tokens of a rendered prompt; None: the model's context less the response's limit."""
 
+    max_response_tokens_column: str | None = None
+    """Column with the most tokens of a response to the row's prompt, for rows that want fewer than
+    `rollout.sampling.max_tokens`. With `min_tokens` equal to that, every response is exactly as long as its
+    row says. None: one limit for all."""
+
 
 class SFTSettings(SourceSettings):
     """Supervised fine-tuning on demonstrations."""

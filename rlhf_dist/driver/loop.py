@@ -3,96 +3,87 @@
         prompts                rollouts               experience              lease
     PromptOrder ──► RolloutPool ──────► ScoringPool ───────► ExperienceQueue ──────► LearnerGroup
     (ordinals)          ▲                                                                │
-                        └────────── snapshot: manifest by hand, bytes by reference ◄─────┘
+                        └────────────────── snapshot in shared memory ◄──────────────────┘
 
-References and counts pass through here; rollouts, experience and weights go from the object store to
-whoever consumes them. Every wait below has a deadline in the section `cluster`.
+`train` reads as the algorithm. Whatever it waits for, the flow goes on meanwhile (`driver.flow`): rollouts
+that finish are scored, scored ones go into the queue, and prompts are handed out as far ahead as
+`experience.max_staleness` allows. With 0 no prompt is handed out before its own step's weights are served:
+synchronous training. What is lost meanwhile is replaced (`driver.recovery`); where that is the learner,
+`survive` brings it back to where the step began, and the step is done again.
+
+References and counts pass through here; rollouts, experience and weights go to whoever consumes them. Every
+wait below has a deadline in the section `cluster`.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
-from rlhf_dist.cluster.experience_queue import QueueClient
-from rlhf_dist.cluster.learner_group import LearnerGroup
-from rlhf_dist.cluster.rollout_pool import RolloutPool
-from rlhf_dist.cluster.scoring_pool import ScoringPool
+from rlhf_dist.cluster.experience_queue import Lease
 from rlhf_dist.config import Config
-from rlhf_dist.data.prompts import PromptOrder
+from rlhf_dist.driver.flow import Flow, Roles, policy_digest
+from rlhf_dist.driver.recovery import Recovery
+from rlhf_dist.driver.resumption import RecordedPolicies
+from rlhf_dist.driver.termination import Termination
 from rlhf_dist.observability.metrics import Metrics
 from rlhf_dist.observability.stopwatch import Stopwatch
-from rlhf_dist.types import ServedVersion
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The workers of a run."""
-
-    rollout: RolloutPool
-    scoring: ScoringPool
-    queue: QueueClient
-    learner: LearnerGroup
 
 
 def train(
     config: Config,
     roles: Roles,
-    order: PromptOrder,
-    probe_tokens: tuple[int, ...],
+    flow: Flow,
+    recovery: Recovery,
     *,
     first_step: int,
+    termination: Termination,
     stopwatch: Stopwatch,
+    recorded: RecordedPolicies,
     after_step: Callable[[Metrics], None],
 ) -> None:
     """Train from `first_step` to the end. The rollout workers already serve policy version `first_step`.
 
-    A step consumes `prompts_per_step` ordinals and waits for all their responses to be scored; the
-    learner then trains on them, and its new weights unblock the next step's generation once every
-    rollout worker has proved that it serves them.
+    Raises:
+        RunError: a step that is repeated gave another policy than before, and must not.
+        TerminatedError: by SIGTERM; the learner is at `recovery.step`.
     """
-    prompts_per_step = config.rollout.prompts_per_step
+    survive, cluster = recovery.survive, config.cluster
+    began = time.monotonic()
+    flow.start()
     for step in range(first_step, config.run.num_steps):
-        temperature = config.rollout.sampling.temperature_at(step, config.run.num_steps)
-        ordinals = range(step * prompts_per_step, (step + 1) * prompts_per_step)
-        prompts = list(zip(ordinals, order.rows_of(ordinals), strict=True))
+        termination.check()
+        with stopwatch.phase("waiting"), termination.interruptible():
+            leased = flow.queue.begin(partial(roles.queue.lease, step), timeout_s=flow.lease_timeout_s)
+            lease = survive(leased.wait, next_step=step)
 
-        rollouts = stopwatch.timed("rollout", roles.rollout.generate(prompts, temperature))
-        for batch, info in stopwatch.timed("scoring", roles.scoring.score(rollouts, temperature)):
-            roles.queue.put(batch, info)
-
-        with stopwatch.phase("learning"):
-            lease = roles.queue.lease(prompts_per_step * config.rollout.samples_per_prompt)
-            metrics = roles.learner.step(lease.batches, step, temperature)
-            roles.queue.acknowledge(lease)
+        learn = partial(_learn, config, roles, flow, stopwatch, step, lease)
+        metrics, digest = survive(learn, next_step=step)
+        recorded.check(step, digest)
 
         with stopwatch.phase("weights"):
-            served = publish(roles, step + 1, probe_tokens)
+            acknowledge = partial(roles.queue.acknowledge, lease, digest)
+            acknowledged = flow.queue.begin(acknowledge, timeout_s=cluster.score_timeout_s)
+            num_failed = survive(acknowledged.wait, next_step=step + 1)
+            recovery.step = step + 1
 
-        after_step(_with_system_metrics(metrics, step, temperature, served, stopwatch.take()))
-
-
-def publish(roles: Roles, version: int, probe_tokens: tuple[int, ...]) -> list[ServedVersion]:
-    """Bring the learner's weights to every rollout worker; returns their proofs.
-
-    Raises:
-        WeightsError: a worker could not prove that it serves them.
-    """
-    manifest, payload = roles.learner.publish(version, probe_tokens)
-    return roles.rollout.load_weights(manifest, payload)
-
-
-def _with_system_metrics(
-    metrics: Metrics, step: int, temperature: float, served: list[ServedVersion], seconds: dict[str, float]
-) -> Metrics:
-    total = sum(seconds.values())
-    return (
-        {"step": step, "policy_version": served[0].version, "temperature": temperature}
-        | metrics
-        | {
-            "probe_difference_max": max(proof.max_abs_difference for proof in served),
-            "tokens_per_s": metrics["num_response_tokens"] / total,
-            "seconds_step": total,
+        seconds = stopwatch.take()
+        speed = {
+            "tokens_per_s": metrics["num_response_tokens"] / sum(seconds.values()),
+            "seconds_since_start": time.monotonic() - began,  # of this process's training
         }
-        | {f"seconds_{phase}": duration for phase, duration in seconds.items()}
-    )
+        failed = {"num_failed_prompts": num_failed}
+        after_step(flow.metrics(step, lease, seconds) | metrics | failed | speed)
+    survive(flow.wait_until_served, next_step=config.run.num_steps)
+
+
+def _learn(
+    config: Config, roles: Roles, flow: Flow, stopwatch: Stopwatch, step: int, lease: Lease
+) -> tuple[Metrics, str]:
+    """One learner step and the publication of its weights; the step's metrics, and the policy's digest."""
+    with stopwatch.phase("learning"):
+        temperature = config.rollout.sampling.temperature_at(step, config.run.num_steps)
+        metrics = roles.learner.step(flow.events, lease.batches, step, temperature)
+    with stopwatch.phase("weights"):
+        return metrics, policy_digest(flow.publish(step + 1).manifest)

@@ -8,13 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from rlhf_dist.algorithms import make_algorithm
 from rlhf_dist.cluster.placement import RoleShare, share_out
 from rlhf_dist.config import Config
 from rlhf_dist.data.prompts import PromptSet, load_prompts
 from rlhf_dist.data.sources import TASK_PREFIX, task_function
-from rlhf_dist.engines.loading import check_checkpoint, context_limit, load_tokenizer, same_tokens
-from rlhf_dist.errors import ConfigError, ModelError
+from rlhf_dist.engines.loading import (
+    check_checkpoint,
+    context_limit,
+    load_tokenizer,
+    same_tokens,
+    torch_dtype,
+)
+from rlhf_dist.engines.lora import check_targets
+from rlhf_dist.errors import ConfigError, ModelError, StorageError
 from rlhf_dist.rewards.functions import load_function
 from rlhf_dist.rewards.settings import FunctionRewardSettings, ModelRewardSettings
 
@@ -41,12 +50,19 @@ def initial_policy(config: Config, folder: Path) -> str:
 
     Raises:
         DataError: there is no such task.
+        StorageError: the model cannot be written.
     """
     model = config.policy.model
     if not model.startswith(TASK_PREFIX):
         return model
     if not (folder / "config.json").exists():
-        task_function(model, "make_policy")(folder, seed=config.run.seed)
+        make = task_function(model, "make_policy")
+        try:
+            make(folder, seed=config.run.seed)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"{folder} cannot be written ({error}); make room there, then start the run again"
+            ) from error
     return str(folder)
 
 
@@ -84,6 +100,8 @@ def prepare(config: Config, policy: str) -> Prepared:
         RunError: naming what cannot be used and how to mend it.
     """
     check_inputs(config)
+    if config.policy.model.startswith(TASK_PREFIX):
+        _check_policy(config, policy)
     tokenizer = load_tokenizer(policy, "policy")
     for role, model in (("value", config.value.model), ("reference", config.reference.model)):
         if model is not None and not same_tokens(load_tokenizer(model, role), tokenizer):
@@ -97,11 +115,12 @@ def prepare(config: Config, policy: str) -> Prepared:
 
 
 def check_inputs(config: Config) -> None:
-    """What can be checked of models and rewards without loading them.
+    """What can be checked of the learner, of models and of rewards without loading them.
 
     Raises:
         RunError: naming what cannot be used.
     """
+    check_trust_region(config)
     for reward in config.reward:
         if isinstance(reward, FunctionRewardSettings):
             load_function(reward.path)
@@ -111,7 +130,40 @@ def check_inputs(config: Config) -> None:
         if model is not None:
             check_checkpoint(model, role)
     if not config.policy.model.startswith(TASK_PREFIX):
-        check_checkpoint(config.policy.model, "policy")
+        _check_policy(config, config.policy.model)
+
+
+def _check_policy(config: Config, model: str) -> None:
+    """Check a checkpoint without loading its weights.
+
+    Raises:
+        ModelError: it cannot be loaded, or has no such layers as are to have adapters.
+    """
+    check_checkpoint(model, "policy")
+    if config.learner.lora is not None:
+        check_targets(model, config.learner.lora)
+
+
+def check_trust_region(config: Config) -> None:
+    """A step in a trust region is written into the parameters, of which nothing else may hold a copy.
+
+    Raises:
+        ConfigError: they are partitioned, or not float32.
+    """
+    if make_algorithm(config.algorithm).needs.trust_region is None:
+        return
+    name, learner = config.algorithm.name, config.learner
+    if learner.zero_stage != 0:
+        raise ConfigError(
+            f"algorithm.name={name} steps on parameters that are whole on every rank, not on those of "
+            f"learner.zero_stage={learner.zero_stage}; set learner.zero_stage=0"
+        )
+    dtype = str(torch_dtype(learner.dtype, on_gpu=learner.gpus_per_worker > 0)).removeprefix("torch.")
+    if dtype != "float32":
+        raise ConfigError(
+            f"algorithm.name={name} steps on float32 parameters, and the learner's are {dtype}; "
+            "set learner.dtype=float32"
+        )
 
 
 def role_models(config: Config, policy: str) -> Models:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from rlhf_dist.cluster.calls import wait_for_all
 from rlhf_dist.cluster.experience_queue import QueueClient
 from rlhf_dist.cluster.learner_group import LearnerGroup
 from rlhf_dist.cluster.placement import RoleShare, check_fits
@@ -23,9 +22,10 @@ from rlhf_dist.cluster.scoring_pool import ScoringPool
 from rlhf_dist.cluster.session import cpus_of_smallest_node, ray_session
 from rlhf_dist.config import Config, to_yaml
 from rlhf_dist.data.prompts import PromptOrder
-from rlhf_dist.driver.checkpoint import RunState, list_checkpoints, read_state, save_checkpoint
-from rlhf_dist.driver.export import export_policy
-from rlhf_dist.driver.loop import Roles, publish, train
+from rlhf_dist.driver.checkpoint import list_checkpoints, save_checkpoint, state_before, step_of, why_no_score
+from rlhf_dist.driver.export import export_adapters, export_policy
+from rlhf_dist.driver.flow import Flow, Roles
+from rlhf_dist.driver.loop import train
 from rlhf_dist.driver.preparation import (
     Models,
     Prepared,
@@ -35,16 +35,30 @@ from rlhf_dist.driver.preparation import (
     role_models,
     shares,
 )
-from rlhf_dist.driver.run_folder import IfExists, RunFolder, write_atomically, write_json
+from rlhf_dist.driver.recovery import Recovery
+from rlhf_dist.driver.resumption import (
+    RecordedPolicies,
+    change_notes,
+    check_prompts,
+    check_settings,
+    recorded_policies,
+    write_fingerprint,
+)
+from rlhf_dist.driver.run_folder import IfExists, RunFolder, trial_folder, write_atomically, write_json
+from rlhf_dist.driver.starting_point import StartingPoint, starting_point
 from rlhf_dist.driver.supervised import supervised_stage
+from rlhf_dist.driver.termination import Termination
 from rlhf_dist.engines.loading import torch_dtype, vocabulary_size
+from rlhf_dist.errors import RunError, TerminatedError
 from rlhf_dist.observability.metrics import Metrics, MetricsLog, read_metrics
 from rlhf_dist.observability.progress import Progress
 from rlhf_dist.observability.report import print_report
+from rlhf_dist.observability.run_events import RunEvents
 from rlhf_dist.observability.stopwatch import Stopwatch
 from rlhf_dist.weights.certificate import TOLERANCE_NATS, probe_tokens
 
-GIB = 1024**3
+COMPACTION_TIMEOUT_S = 24 * 3600
+"""For the journal to be compacted. Nobody waits for it."""
 
 
 def run(config: Config, *, address: str | None, if_exists: IfExists, console: Console, verbose: bool) -> None:
@@ -58,13 +72,18 @@ def run(config: Config, *, address: str | None, if_exists: IfExists, console: Co
     folder = RunFolder(config.run.dir.absolute())
     with folder.owned(if_exists), Progress(console, num_steps=config.run.num_steps) as progress:
         progress.phase("checking models and data")
-        resuming = if_exists == "resume" and folder.holds_run()
+        resuming = if_exists == "resume" and folder.can_be_resumed()
         if not resuming:
             check_outside(config, folder.root)
-        _check_checkpoint(config, folder, resuming)
-        with tempfile.TemporaryDirectory(dir=folder.root, prefix=".trial-") as trial:
-            made = folder.initial_policy if resuming else Path(trial) / "policy"
+        changes = check_settings(folder, config) if resuming else []
+        start = starting_point(folder, config) if resuming else StartingPoint()
+        for note in [*change_notes(changes), *start.notes]:
+            progress.say(note)
+        with trial_folder(folder.root) as trial:
+            made = folder.initial_policy if resuming else trial / "policy"
             prepared = prepare(config, initial_policy(config, made))
+        if resuming:
+            check_prompts(folder, config, prepared.prompts)
         if prepared.prompts.num_skipped:
             progress.say(f"prompts over the limit, left out: {prepared.prompts.num_skipped}")
         progress.phase("starting Ray")
@@ -74,6 +93,7 @@ def run(config: Config, *, address: str | None, if_exists: IfExists, console: Co
             if not resuming:
                 folder.clear()
             write_atomically(folder.config, to_yaml(config))
+            write_fingerprint(folder, prepared.prompts)
             policy = initial_policy(config, folder.initial_policy)
             if config.sft is not None:
                 if not folder.sft_policy.exists():
@@ -87,7 +107,9 @@ def run(config: Config, *, address: str | None, if_exists: IfExists, console: Co
                         progress=progress,
                     )
                 policy = str(folder.sft_policy)
-            _reinforce(config, folder, prepared, role_models(config, policy), placed, progress)
+            models = role_models(config, policy)
+            recorded = recorded_policies(folder, config, start.first_step, changes, progress.say)
+            _reinforce(config, folder, prepared, models, placed, start, recorded, progress, resuming=resuming)
     print_report(
         console,
         read_metrics(folder.metrics),
@@ -103,116 +125,187 @@ def _reinforce(
     prepared: Prepared,
     models: Models,
     placed: dict[str, RoleShare],
+    start: StartingPoint,
+    recorded: RecordedPolicies,
     progress: Progress,
+    *,
+    resuming: bool,
 ) -> None:
     """Start the roles, train, and export the policy with its tokenizer."""
     prompts = prepared.prompts
     order = PromptOrder(len(prompts), config.run.seed, config.data.shuffle)
     probe = probe_tokens(vocabulary_size(models.policy), prepared.context_tokens)
     stopwatch = Stopwatch(progress.phase)
+    events_log = RunEvents(folder.events, progress.say)
+    termination = Termination(grace_period_s=config.recovery.grace_period_s)
     progress.phase("starting workers")
     counts = ", ".join(f"{share.num_workers} {role}" for role, share in placed.items())
     progress.say(f"starting workers: {counts}")
-    with _roles(config, prepared, models, placed) as roles:
-        first_step = _restore(config, folder, roles)
-        publish(roles, first_step, probe)
-        rows = _sample_rows(len(prompts), config.run.num_sample_answers)
+    first_step = start.first_step
+    with _roles(config, folder, prepared, models, placed, order, first_step) as roles:
+        flow = Flow(config, roles, order, probe)
+        recovery = Recovery(config, folder, models, roles, flow, events_log)
+        recovery.start(first_step)
+        if resuming:
+            events_log.resumed(first_step, recorded_steps=len(recorded))
+        recovery.survive(partial(flow.publish, first_step), next_step=first_step)
+        recovery.survive(flow.wait_until_served, next_step=first_step)
+        rows = _sample_rows(len(prompts), _num_sample_answers(config, folder, first_step))
         if first_step == 0:
             texts = [prompts.table["prompt"][row].as_py() for row in rows]
-            write_json(
-                folder.answers,
-                {"prompts": texts, "before": roles.rollout.answer(rows)},
-            )
+            before = recovery.survive(partial(flow.answers, rows), next_step=0)
+            write_json(folder.answers, {"prompts": texts, "before": before})
         log = MetricsLog(folder.metrics, first_step=first_step)
+        unsaved: list[Metrics] = []  # of the step that was done last, where no checkpoint holds it
+
+        def save() -> None:
+            for metrics in unsaved:
+                _save(config, folder, roles, flow, metrics, progress)
+            unsaved.clear()
 
         def after_step(metrics: Metrics) -> None:
             log.append(metrics)
+            unsaved[:] = [metrics]
             progress.step_done(metrics)
             next_step = metrics["step"] + 1
             if next_step % config.checkpoint.every_steps == 0 or next_step == config.run.num_steps:
                 with stopwatch.phase("checkpoint"):
-                    state = RunState(next_step, config.learner.num_workers, config.learner.zero_stage)
-                    save_checkpoint(
-                        folder.checkpoints, roles.learner, state, keep_last=config.checkpoint.keep_last
-                    )
+                    recovery.survive(save, next_step=next_step)
 
         stopwatch.take()
-        train(config, roles, order, probe, first_step=first_step, stopwatch=stopwatch, after_step=after_step)
+        flow.events.on_turn = termination.check_if_interruptible
+        with termination.handled():
+            try:
+                train(
+                    config,
+                    roles,
+                    flow,
+                    recovery,
+                    first_step=first_step,
+                    termination=termination,
+                    stopwatch=stopwatch,
+                    recorded=recorded,
+                    after_step=after_step,
+                )
+            except TerminatedError as told:
+                raise _last_checkpoint(folder, recovery, save, events_log) from told
+        num_steps = config.run.num_steps
         progress.phase("exporting the policy")
-        export_policy(roles.learner, folder.policy, tokenizer_of=models.policy)
+        recovery.survive(partial(_export, config, folder, models, roles, flow), next_step=num_steps)
+        after = recovery.survive(partial(flow.answers, rows), next_step=num_steps)
         answers = json.loads(folder.answers.read_text(encoding="utf-8"))
-        write_json(folder.answers, answers | {"after": roles.rollout.answer(rows)})
+        write_json(folder.answers, answers | {"after": after})
+
+
+def _export(config: Config, folder: RunFolder, models: Models, roles: Roles, flow: Flow) -> None:
+    export_policy(roles.learner, flow.events, folder.policy, tokenizer_of=models.policy)
+    if config.learner.lora is not None:
+        export_adapters(roles.learner, flow.events, folder.policy_adapter)
+
+
+def _last_checkpoint(
+    folder: RunFolder, recovery: Recovery, save: Callable[[], None], log: RunEvents
+) -> TerminatedError:
+    """Save where the run was told to end; what to tell the user."""
+    if recovery.is_restoring:
+        return TerminatedError(
+            "terminated while the learner was being restored; --resume goes on from the journal"
+        )
+    try:
+        save()
+    except RunError as error:
+        return TerminatedError(f"terminated; no last checkpoint could be written ({error})")
+    checkpoints = [each for each in list_checkpoints(folder.checkpoints) if step_of(each) == recovery.step]
+    if not checkpoints:
+        return TerminatedError("terminated before the first step was done; --resume begins again")
+    log.terminated(checkpoints[-1])
+    name = checkpoints[-1].name
+    return TerminatedError(f"terminated; checkpoint {name} is written, --resume goes on from it")
 
 
 @contextmanager
 def _roles(
-    config: Config, prepared: Prepared, models: Models, placed: dict[str, RoleShare]
+    config: Config,
+    folder: RunFolder,
+    prepared: Prepared,
+    models: Models,
+    placed: dict[str, RoleShare],
+    order: PromptOrder,
+    first_step: int,
 ) -> Iterator[Roles]:
-    """All workers, started side by side and ready; killed when the block ends."""
+    """All roles' actors, killed when the block ends; `Recovery.start` has them load."""
     cluster = config.cluster
     engine_dtype = torch_dtype(config.rollout.dtype, on_gpu=config.rollout.gpus_per_worker > 0)
     dtype_name = str(engine_dtype).removeprefix("torch.")
-    rollout = RolloutPool(
-        config.rollout,
-        placed["rollout"],
-        cluster,
-        prepared.prompts.table,
-        model=models.policy,
-        dtype=dtype_name,
-        context_tokens=prepared.context_tokens,
-        probe_tolerance_nats=config.weights.probe_tolerance_nats or TOLERANCE_NATS[dtype_name],
-        seed=config.run.seed,
-    )
-    scoring = ScoringPool(
-        config.scoring,
-        placed["scoring"],
-        cluster,
-        config.reward,
-        reference_model=models.reference,
-        policy_model=models.policy,
-    )
-    learner = LearnerGroup(placed["learner"], cluster)
-    queue = QueueClient(
-        max_samples=config.experience.max_samples,
-        max_bytes=int(config.experience.max_gib * GIB),
-        timeout_s=cluster.score_timeout_s,
-    )
-    roles = Roles(rollout, scoring, queue, learner)
+    roles: list[Any] = []
     try:
-        started = rollout.start() + scoring.start()
-        started += learner.start(
-            config.learner,
-            config.algorithm,
-            policy_model=models.policy,
-            value_model=models.value,
-            num_steps=config.run.num_steps,
+        rollout = RolloutPool(
+            config.rollout,
+            placed["rollout"],
+            cluster,
+            prepared.prompts.table,
+            model=models.policy,
+            dtype=dtype_name,
+            context_tokens=prepared.context_tokens,
+            probe_tolerance_nats=config.weights.probe_tolerance_nats or TOLERANCE_NATS[dtype_name],
             seed=config.run.seed,
+            deterministic=config.run.deterministic,
         )
-        wait_for_all(started, cluster.start_timeout_s)
-        yield roles
+        roles.append(rollout)
+        scoring = ScoringPool(
+            config.scoring,
+            placed["scoring"],
+            cluster,
+            config.reward,
+            reference_model=models.reference,
+            policy_model=models.policy,
+            journal=folder.journal,
+            segment_bytes=config.experience.journal.segment_bytes,
+        )
+        roles.append(scoring)
+        learner = LearnerGroup(placed["learner"], cluster)
+        roles.append(learner)
+        queue = QueueClient(
+            config.experience,
+            folder.journal,
+            first_step=first_step,
+            num_steps=config.run.num_steps,
+            prompts_per_step=config.rollout.prompts_per_step,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            in_order=config.run.deterministic or config.experience.max_staleness == 0,
+            prompts=rollout.prompts,
+            order=order,
+        )
+        roles.append(queue)
+        yield Roles(rollout, scoring, queue, learner)
     finally:
-        for role in (rollout, scoring, queue, learner):
+        for role in roles:
             role.end()
 
 
-def _check_checkpoint(config: Config, folder: RunFolder, resuming: bool) -> None:
-    """Refuse a checkpoint of another shape before anything starts."""
-    checkpoints = list_checkpoints(folder.checkpoints) if resuming else []
-    if checkpoints:
-        _read_state(config, checkpoints[-1])
+def _save(
+    config: Config, folder: RunFolder, roles: Roles, flow: Flow, metrics: Metrics, progress: Progress
+) -> None:
+    """Write a checkpoint after a step, and let the journal forget what no checkpoint needs any more."""
+    state = state_before(metrics["step"] + 1, config, metrics)
+    if (note := why_no_score(state, config, metrics)) is not None:
+        progress.say(note)
+    save = partial(roles.learner.save, flow.events)
+    save_checkpoint(folder.checkpoints, save, state, config.checkpoint)
+    oldest = step_of(list_checkpoints(folder.checkpoints)[0])
+
+    def then(problem: str | None) -> None:
+        if problem is not None:
+            progress.say(problem)
+
+    flow.queue.ask(partial(roles.queue.checkpointed, oldest), then, timeout_s=COMPACTION_TIMEOUT_S)
 
 
-def _restore(config: Config, folder: RunFolder, roles: Roles) -> int:
-    """Load the newest checkpoint, if there is one; returns the step to go on with."""
-    checkpoints = list_checkpoints(folder.checkpoints)
-    if not checkpoints:
-        return 0
-    roles.learner.load(checkpoints[-1])
-    return _read_state(config, checkpoints[-1]).next_step
-
-
-def _read_state(config: Config, checkpoint: Path) -> RunState:
-    return read_state(checkpoint, num_ranks=config.learner.num_workers, zero_stage=config.learner.zero_stage)
+def _num_sample_answers(config: Config, folder: RunFolder, first_step: int) -> int:
+    """Prompts that are answered after training: once it has begun, those that were answered before it."""
+    if first_step == 0:
+        return config.run.num_sample_answers
+    return len(json.loads(folder.answers.read_text(encoding="utf-8"))["prompts"])
 
 
 def _sample_rows(num_rows: int, count: int) -> list[int]:

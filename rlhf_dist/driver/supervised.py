@@ -7,6 +7,7 @@ from pathlib import Path
 import ray
 
 from rlhf_dist.cluster.calls import Call, next_of, wait_for, wait_for_all
+from rlhf_dist.cluster.events import Events
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.rank_group import RankGroup
 from rlhf_dist.cluster.supervised_worker import SupervisedWorker
@@ -39,10 +40,10 @@ def supervised_stage(
     group = RankGroup(SupervisedWorker, share, config.cluster)
     try:
         table = ray.put(demonstrations.table)
-        started = group.start(config.learner, sft, model=model, demonstrations=table, seed=config.run.seed)
-        wait_for_all(started, config.cluster.start_timeout_s)
+        events = Events()
+        group.start(events, config.learner, sft, model=model, demonstrations=table, seed=config.run.seed)
         _train(group, sft, timeout_s=config.cluster.step_timeout_s, progress=progress)
-        export_policy(group, folder, tokenizer_of=model)
+        export_policy(group, events, folder, tokenizer_of=model)
     finally:
         group.end()
 

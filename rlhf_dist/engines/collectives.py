@@ -1,4 +1,4 @@
-"""Joining the learner's process group, and the few collectives it needs besides DeepSpeed's own."""
+"""Joining and leaving the learner's process group, and the collectives it needs besides DeepSpeed's own."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ def join_group(host: str, port: int, *, rank: int, num_ranks: int, on_gpu: bool,
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
     }
+    # Used by DeepSpeed's inference only; compiling it at the first start would need a compiler and a minute,
+    # and a start killed meanwhile would leave a lock that every later one waits for.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo",
         auto_mpi_discovery=False,
@@ -34,11 +37,28 @@ def join_group(host: str, port: int, *, rank: int, num_ranks: int, on_gpu: bool,
     )
 
 
+def leave_group() -> None:
+    """Leave the group when every rank is about to, and before the process ends by itself. Every rank calls.
+
+    Without it a rank that is done first takes its connections away, and rank 0 the group's store, while
+    others may be in their last collective; and the group's threads run while the interpreter is taken down.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def sum_over_ranks(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The sum of every rank's tensor, on the CPU. All ranks pass the same shape."""
     total = tensor.to(device)
     dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total.cpu()
+
+
+def from_rank_0(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rank 0's tensor on every rank, on the CPU. All ranks pass the same shape."""
+    shared = tensor.to(device, copy=True)
+    dist.broadcast(shared, src=0)
+    return shared.cpu()
 
 
 class GroupMetrics:

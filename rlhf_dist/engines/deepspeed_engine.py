@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from rlhf_dist.engines.checkpoint_files import FolderWriter
+from rlhf_dist.engines.model_tensors import ModelTensor
 from rlhf_dist.engines.settings import LearnerSettings, OptimizerSettings
+from rlhf_dist.engines.training_state import load_training_state, save_training_state
+from rlhf_dist.weights.snapshot import Bucket
 
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 GATHER_BUCKET_ELEMENTS = 64 * 1024 * 1024
@@ -84,34 +89,39 @@ class DeepSpeedEngine:
         """Of the next update."""
         return float(self._engine.get_lr()[0])
 
-    def gathered(self, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Full parameters of a submodule by name, tied ones under each of their names.
+    def gathered(self, tensors: Iterable[ModelTensor]) -> Iterator[Bucket]:
+        """Full tensors of the module in buckets, a tied one under all its names.
 
-        A collective under ZeRO-3: every rank must exhaust it. A tensor is valid until the next one is drawn.
+        A collective under ZeRO-3: every rank must exhaust it. A bucket is valid while the next one is drawn,
+        which gathers it, until the one after that is; the last bucket is empty.
         """
-        if self._zero_stage < 3:
-            for name, parameter in module.named_parameters(remove_duplicate=False):
-                yield name, parameter.detach()
-            return
-        for bucket in _buckets(module):
-            with deepspeed.zero.GatheredParameters([parameter for _, parameter in bucket]):
-                for name, parameter in bucket:
-                    yield name, parameter.detach()
+        before = ExitStack()
+        for bucket in _buckets(tensors):
+            gathered = ExitStack()
+            parameters = [parameter for tensor in bucket for parameter in tensor.parameters]
+            gathered.enter_context(deepspeed.zero.GatheredParameters(parameters))
+            yield [(tensor.names, tensor.value()) for tensor in bucket]
+            before.close()
+            before = gathered
+        yield []
+        before.close()
 
     def _clip_plain_gradients(self) -> None:
         self._plain_norm = nn.utils.clip_grad_norm_(
             self._engine.module.parameters(), self._engine.gradient_clipping()
         )
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's share of the parameters, optimizer and schedule. A collective."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def save(self, writer: FolderWriter, folder: str) -> None:
+        """Write trained parameters, optimizer and schedule into a folder of the writer's. A collective."""
+        save_training_state(self._engine, writer, folder)
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Read back what `save` wrote with the same number of ranks and ZeRO stage. A collective."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        if loaded is None:
-            raise FileNotFoundError(f"no DeepSpeed checkpoint {tag!r} under {folder}")
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, with any number of ranks and any ZeRO stage. A collective.
+
+        Raises:
+            StorageError: it cannot be read, or is of another model.
+        """
+        load_training_state(self._engine, folder)
 
 
 def _deepspeed_config(
@@ -140,12 +150,12 @@ def _deepspeed_config(
     }
 
 
-def _buckets(module: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    bucket: list[tuple[str, nn.Parameter]] = []
+def _buckets(tensors: Iterable[ModelTensor]) -> Iterator[list[ModelTensor]]:
+    bucket: list[ModelTensor] = []
     num_elements = 0
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        bucket.append((name, parameter))
-        num_elements += parameter.ds_numel
+    for tensor in tensors:
+        bucket.append(tensor)
+        num_elements += tensor.num_elements
         if num_elements >= GATHER_BUCKET_ELEMENTS:
             yield bucket
             bucket, num_elements = [], 0

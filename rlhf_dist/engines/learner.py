@@ -8,32 +8,44 @@ Consumes a batch (`Samples`), produces new policy weights. In one step, on every
                     learner, on the whole batch
     3. update       epochs x minibatches; each rank takes its token-balanced part of a minibatch in
                     micro-batches; losses divide by the minibatch's token count over all ranks, so the
-                    result does not depend on how the batch was cut
+                    result does not depend on how the batch was cut. Where the algorithm asks for a trust
+                    region, the policy makes one step over the whole batch instead, and only the value model
+                    goes through epochs
 """
 
 from __future__ import annotations
 
+import io
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from rlhf_dist.algorithms.base import Algorithm, StepBatch
+from rlhf_dist.algorithms.base import STATE_FILE, Algorithm, StepBatch, TrustRegion
 from rlhf_dist.algorithms.parts.correction import correct
 from rlhf_dist.data.batching import Plan, RankBatches, learner_plan
-from rlhf_dist.engines.collectives import GroupMetrics, sum_over_ranks
+from rlhf_dist.engines.checkpoint_files import FolderWriter
+from rlhf_dist.engines.collectives import GroupMetrics, from_rank_0, sum_over_ranks
 from rlhf_dist.engines.deepspeed_engine import DeepSpeedEngine
-from rlhf_dist.engines.export import export_causal_lm
+from rlhf_dist.engines.export import export_adapters, export_causal_lm
+from rlhf_dist.engines.model_tensors import model_tensors, trained_tensors
 from rlhf_dist.engines.pieces import StepData, named
 from rlhf_dist.engines.policy_model import PolicyModel
 from rlhf_dist.engines.scalar_model import ValueModel
 from rlhf_dist.engines.settings import LearnerSettings
 from rlhf_dist.engines.step_metrics import sample_metrics, token_metrics
-from rlhf_dist.experience.samples import Samples, SequenceBatch
-from rlhf_dist.types import Probe, WeightManifest, WeightPayload
-from rlhf_dist.weights.snapshot import take_snapshot
+from rlhf_dist.engines.trust_region import BatchObjective, trust_region_step
+from rlhf_dist.experience.samples import Samples
+from rlhf_dist.experience.sequences import SequenceBatch, sequence_batch
+from rlhf_dist.types import FileDigest, Probe, PublishedWeights
+from rlhf_dist.weights.shared_memory import SharedMemoryPublisher
+from rlhf_dist.weights.snapshot import snapshot_bytes
+from rlhf_dist.weights.transport import Publisher
 
 
 class Learner:
@@ -56,24 +68,37 @@ class Learner:
             policy_model, value_model: checkpoint folders or hub names; without a value model None.
             num_steps: learner steps of the whole run, for the learning-rate schedule.
             dtype: compute dtype.
-            seed: of the run; decides the shuffles of the epochs.
+            seed: of the run; decides the shuffles of the epochs and where adapters start.
         """
         self._settings, self._algorithm, self._seed = settings, algorithm, seed
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         updates_per_step = algorithm.settings.num_epochs * algorithm.settings.num_minibatches
         num_policy_steps = sum(algorithm.trains_policy(step) for step in range(num_steps))
-        checkpointing = settings.gradient_checkpointing
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "batching": settings.batching,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+        }
         self._policy = DeepSpeedEngine(
-            PolicyModel(policy_model, dtype=dtype, gradient_checkpointing=checkpointing),
+            PolicyModel(policy_model, **options, lora=settings.lora, seed=seed),
             settings,
             settings.policy_optimizer,
             num_updates=num_policy_steps * updates_per_step,
             dtype=dtype,
         )
+        self._num_trained_parameters = sum(
+            each.num_elements for each in trained_tensors(self._policy.module.lm)
+        )
+        self._publisher: Publisher | None = None
+        if self._rank == 0:
+            self._publisher = SharedMemoryPublisher(
+                snapshot_bytes(each.num_bytes for each in model_tensors(self._policy.module.lm)),
+                num_threads=torch.get_num_threads(),
+            )
         self._value: DeepSpeedEngine | None = None
         if value_model is not None:
             self._value = DeepSpeedEngine(
-                ValueModel(value_model, dtype=dtype, role="value", gradient_checkpointing=checkpointing),
+                ValueModel(value_model, role="value", **options),
                 settings,
                 settings.value_optimizer,
                 num_updates=num_steps * updates_per_step,
@@ -87,12 +112,14 @@ class Learner:
             step: learner step, from 0.
             temperature: what the samples were drawn at, and so what log-probabilities are taken at.
         """
+        packed = all(engine.module.packs for _, engine in self._engines())
         plan = learner_plan(
             samples.total_lengths,
             num_ranks=self._num_ranks,
             num_epochs=self._algorithm.settings.num_epochs,
             num_minibatches=min(self._algorithm.settings.num_minibatches, samples.num_samples),
             max_tokens_per_micro_batch=self._settings.max_tokens_per_micro_batch,
+            packed=packed,
             seed=(self._seed, step),
         )
         batch, entropies = self._forward(samples, plan, temperature)
@@ -101,60 +128,99 @@ class Learner:
             self._algorithm.settings.correction, batch.old_logprobs, batch.rollout_logprobs, batch.mask
         )
         metrics |= correction.metrics | sample_metrics(samples) | token_metrics(batch, entropies)
+        metrics["num_trained_parameters"] = self._num_trained_parameters
+        metrics["padding_share"] = plan.padding_share(samples.total_lengths, packed=packed)
         data = StepData(samples, batch, estimates, correction)
-        return metrics | self._update(
-            data, plan, temperature, with_policy=self._algorithm.trains_policy(step)
-        )
+        with_policy, region = self._algorithm.trains_policy(step), self._algorithm.needs.trust_region
+        if with_policy and region is not None:
+            metrics |= self._trust_region_step(region, data, plan.forward, temperature)
+        return metrics | self._update(data, plan, temperature, with_policy=with_policy and region is None)
 
-    def snapshot(
-        self, version: int, probe_tokens: Sequence[int]
-    ) -> tuple[WeightManifest, WeightPayload] | None:
-        """The policy's weights with the learner's answer to the probe, on rank 0; None elsewhere."""
+    def publish(self, version: int, probe_tokens: Sequence[int], *, node: str) -> PublishedWeights | None:
+        """Write a snapshot of the policy with the learner's answer to the probe; None except on rank 0.
+
+        Adapters answer the probe beside the weights, and are merged into them in the snapshot. The weights
+        stay as they are until this returns; nothing after it makes the next update wait.
+
+        Args:
+            node: Ray's id of this node.
+        """
+        started = time.monotonic()
+        probe = self._probe(probe_tokens)
+        probed = time.monotonic()
+        buckets = self._policy.gathered(model_tensors(self._policy.module.lm))
+        if self._publisher is None:
+            for _ in buckets:  # the other ranks take part in the gather
+                pass
+            return None
+        manifest, segment = self._publisher.publish(version, buckets, probe)
+        write_s = time.monotonic() - probed
+        return PublishedWeights(manifest, segment, node, probe_s=probed - started, write_s=write_s)
+
+    @torch.no_grad()
+    def _probe(self, probe_tokens: Sequence[int]) -> Probe:
         tokens = torch.tensor(probe_tokens).numpy()
-        sequence = SequenceBatch.build([tokens[:1]], [tokens[1:]]).to(self._policy.device)
-        with torch.no_grad():
-            logprobs, _ = self._policy(*sequence.model_inputs(), with_entropy=False)
-        probe = Probe(tuple(probe_tokens), tuple(logprobs[0].tolist()))
-        tensors = self._policy.gathered(self._policy.module.lm)
-        if self._rank == 0:
-            return take_snapshot(version, tensors, probe)
-        for _ in tensors:  # the other ranks take part in the gather
-            pass
-        return None
+        sequence = sequence_batch([tokens[:1]], [tokens[1:]], packed=self._policy.module.packs)
+        logprobs, _ = self._policy(sequence.to(self._policy.device), with_entropy=False)
+        return Probe(tuple(probe_tokens), tuple(logprobs[0].tolist()))
 
     def export_policy(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, without its tokenizer; rank 0 writes."""
         export_causal_lm(self._policy, folder)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's share of a checkpoint into an existing folder."""
+    def export_adapters(self, folder: Path) -> None:
+        """Write the policy's adapters alone, as `peft` reads them; rank 0 writes."""
+        export_adapters(self._policy, folder)
+
+    def save(self, folder: Path) -> dict[str, FileDigest]:
+        """Write a checkpoint into an existing folder; rank 0 writes, and returns what.
+
+        Raises:
+            StorageError: on rank 0, once the other ranks are done; the group can go on.
+        """
+        writer = FolderWriter(folder if self._rank == 0 else None)
         for name, engine in self._engines():
-            engine.save(folder, tag=name)
-        if self._rank == 0:
-            torch.save(self._algorithm.state_dict(), folder / "algorithm.pt")
+            engine.save(writer, name)
+        state = io.BytesIO()
+        torch.save(self._algorithm.state_dict(), state)
+        writer.write(STATE_FILE, [state.getbuffer()])
+        return writer.finish()
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote."""
+        """Continue from what `save` wrote, also with another number of ranks or ZeRO stage.
+
+        Raises:
+            StorageError: it cannot be read, or is of other models.
+        """
         for name, engine in self._engines():
-            engine.load(folder, tag=name)
-        self._algorithm.load_state_dict(torch.load(folder / "algorithm.pt", weights_only=True))
+            engine.load(folder / name)
+        self._algorithm.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True))
 
     def _engines(self) -> Iterator[tuple[str, DeepSpeedEngine]]:
         yield "policy", self._policy
         if self._value is not None:
             yield "value", self._value
 
+    def _batches(self, samples: Samples, indices: Sequence[int]) -> dict[DeepSpeedEngine, SequenceBatch]:
+        """The chosen samples as each model takes them, made once for models that take them alike."""
+        made: dict[bool, SequenceBatch] = {}
+        for _, engine in self._engines():
+            packed = engine.module.packs
+            if packed not in made:
+                made[packed] = samples.sequences(indices, packed=packed).to(engine.device)
+        return {engine: made[engine.module.packs] for _, engine in self._engines()}
+
     @torch.no_grad()
     def _forward(self, samples: Samples, plan: Plan, temperature: float) -> tuple[StepBatch, torch.Tensor]:
         num_tokens = int(samples.response_offsets[-1])
         logprobs, entropies, values = (torch.zeros(num_tokens) for _ in range(3))
         for indices in plan.forward[self._rank]:
-            sequences = samples.sequences(indices).to(self._policy.device)
-            micro_logprobs, micro_entropies = self._policy(*sequences.model_inputs(), temperature)
+            batches = self._batches(samples, indices)
+            micro_logprobs, micro_entropies = self._policy(batches[self._policy], temperature)
             samples.scatter(micro_logprobs, indices, into=logprobs)
             samples.scatter(micro_entropies, indices, into=entropies)
             if self._value is not None:
-                samples.scatter(self._value(*sequences.model_inputs()), indices, into=values)
+                samples.scatter(self._value(batches[self._value]), indices, into=values)
         logprobs, entropies, values = sum_over_ranks(
             torch.stack([logprobs, entropies, values]), self._policy.device
         )
@@ -187,11 +253,36 @@ class Learner:
                 break  # on every rank alike: the KL is that of all of them
         metrics = group_metrics.reduce()
         metrics |= {f"{name}_grad_norm": sum(each) / len(each) for name, each in norms.items()}
-        metrics |= {"num_updates": num_updates, "policy_learning_rate": learning_rate}
+        metrics["num_updates"] = num_updates
         if with_policy:
-            metrics["policy_approx_kl_last"] = approx_kl
+            metrics |= {"policy_learning_rate": learning_rate, "policy_approx_kl_last": approx_kl}
             self._algorithm.after_updates(approx_kl)
         return metrics
+
+    def _trust_region_step(
+        self, region: TrustRegion, data: StepData, batches: RankBatches, temperature: float
+    ) -> dict[str, float]:
+        """The policy's step in a trust region. The statistics are of the policy after it."""
+        device, group_metrics = self._policy.device, GroupMetrics()
+        objective = BatchObjective(
+            self._policy.module.lm,
+            self._algorithm,
+            data,
+            batches,
+            rank=self._rank,
+            packed=self._policy.module.packs,
+            temperature=temperature,
+            sum_over_ranks=partial(sum_over_ranks, device=device),
+        )
+        metrics, pieces = trust_region_step(
+            objective, region, from_rank_0=partial(from_rank_0, device=device)
+        )
+        for piece in pieces:
+            group_metrics.add(*piece)
+        metrics |= group_metrics.reduce()
+        approx_kl = metrics.get("policy_approx_kl_k3", 0.0)
+        self._algorithm.after_updates(approx_kl)
+        return metrics | {"policy_approx_kl_last": approx_kl}
 
     def _accumulate(
         self,
@@ -211,17 +302,17 @@ class Learner:
         moved = torch.zeros(1)
         for indices in minibatch[self._rank]:
             micro = data.piece(indices, *counts).to(self._policy.device)
-            sequences = data.samples.sequences(indices).to(self._policy.device)
+            batches = self._batches(data.samples, indices)
             size = len(indices)  # 0 for an idle rank, whose pass has one row that counts for nothing
             num_tokens = int(micro.mask.sum())
             if with_policy:
-                logprobs, entropy = self._policy(*sequences.model_inputs(), temperature)
+                logprobs, entropy = self._policy(batches[self._policy], temperature)
                 loss, stats = self._algorithm.policy_objective(logprobs[:size], entropy[:size], micro)
                 self._policy.backward(loss * self._num_ranks)  # DeepSpeed averages over the ranks
                 group_metrics.add(named("policy", loss, stats, micro), num_tokens)
                 moved += num_tokens * float(stats["approx_kl_k3"])
             if self._value is not None:
-                values = self._value(*sequences.model_inputs())
+                values = self._value(batches[self._value])
                 loss, stats = self._algorithm.value_objective(values[:size], micro)
                 self._value.backward(loss * self._num_ranks)
                 group_metrics.add(named("value", loss, stats, micro), num_tokens)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist.errors import ModelError
 
@@ -26,6 +26,16 @@ def load_model(auto_class: Any, model: str, *, dtype: torch.dtype, role: str, **
     """
     with _loading(f"{role} model", model):
         return auto_class.from_pretrained(model, dtype=dtype, **kwargs)
+
+
+def load_skeleton(model: str, *, role: str) -> Any:
+    """A causal language model's modules without their weights (on torch's `meta` device).
+
+    Raises:
+        ModelError: the folder or name cannot be loaded.
+    """
+    with _loading(f"{role} model", model), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
 
 
 def set_mode(transformer: Any, *, gradient_checkpointing: bool) -> None:

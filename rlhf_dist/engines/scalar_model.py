@@ -7,8 +7,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from rlhf_dist.engines.loading import load_model, set_mode
-from rlhf_dist.engines.policy_model import align_responses
+from rlhf_dist.engines.packing import choose_packing
+from rlhf_dist.engines.settings import Batching
 from rlhf_dist.errors import ModelError
+from rlhf_dist.experience.sequences import SequenceBatch
 
 
 class ScalarModel(nn.Module):
@@ -19,7 +21,13 @@ class ScalarModel(nn.Module):
     """
 
     def __init__(
-        self, model: str, *, dtype: torch.dtype, role: str, gradient_checkpointing: bool = False
+        self,
+        model: str,
+        *,
+        dtype: torch.dtype,
+        role: str,
+        batching: Batching = "auto",
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if is_sequence_classifier(model):
@@ -44,43 +52,36 @@ class ScalarModel(nn.Module):
             self.head.weight.copy_(head_weight)
             self.head.bias.zero_()
         set_mode(self.backbone, gradient_checkpointing=gradient_checkpointing)
+        self.packs = choose_packing(self.backbone, batching, f"{role} model {model!r}")
 
-    def scalars(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[B, S] float32: one number a position."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def scalars(self, batch: SequenceBatch) -> torch.Tensor:
+        """[R, C] float32: one number a position of the batch's rows."""
+        hidden = self.backbone(**batch.inputs()).last_hidden_state
         return self.head(hidden).squeeze(-1).float()
 
 
 class ValueModel(ScalarModel):
     """The critic."""
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        response_start: torch.Tensor,
-        response_length: torch.Tensor,
-    ) -> torch.Tensor:
+    def forward(self, batch: SequenceBatch) -> torch.Tensor:
         """[B, T] values: entry t belongs to the state before response token t; zero beyond the end."""
-        scalars = self.scalars(input_ids, attention_mask)
-        return align_responses(scalars, response_start - 1, response_length)
+        return batch.responses(self.scalars(batch)[:, batch.kept])
 
 
 class RewardModel(ScalarModel):
     """A trained sequence classifier with one label."""
 
-    def __init__(self, model: str, *, dtype: torch.dtype) -> None:
+    def __init__(self, model: str, *, dtype: torch.dtype, batching: Batching = "auto") -> None:
         if not is_sequence_classifier(model):
             raise ModelError(
                 f"reward model {model!r} is not a sequence classifier (config.json: architectures); "
                 "its score head would be random"
             )
-        super().__init__(model, dtype=dtype, role="reward")
+        super().__init__(model, dtype=dtype, role="reward", batching=batching)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[B] scores: the number at each row's last token. Rows are padded on the right."""
-        last = attention_mask.sum(dim=1, keepdim=True) - 1
-        return self.scalars(input_ids, attention_mask).gather(1, last).squeeze(1)
+    def forward(self, batch: SequenceBatch) -> torch.Tensor:
+        """[B] scores: the number at each sequence's last token."""
+        return batch.last(self.scalars(batch))
 
 
 def is_sequence_classifier(model: str) -> bool:

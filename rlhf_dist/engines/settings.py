@@ -10,6 +10,11 @@ from rlhf_dist.settings import Section
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
+Batching = Literal["auto", "packed", "padded"]
+"""How sequences share a forward pass. `packed`: in one row without padding, which the model's attention must
+support; `padded`: sorted by length, with at most 5 % padding; `auto`: packed where that is found to compute
+the same."""
+
 
 class WorkerSettings(Section):
     """What every role has: how many workers, and what each reserves."""
@@ -68,6 +73,9 @@ class RolloutSettings(WorkerSettings):
     """Responses to each prompt."""
     sampling: SamplingSettings = SamplingSettings()
     """How responses are sampled."""
+    on_update: Literal["continue", "finish", "restart"] = "continue"
+    """What becomes of requests under way when new weights come: they go on with them, and their tokens say
+    which version drew them; they are finished first; or they start again. Synchronous training has none."""
     dtype: DTypeName | None = None
     """Weights and activations. None: float32 on CPU, bfloat16 on GPU."""
     context_tokens: int | None = Field(default=None, ge=8)
@@ -89,8 +97,13 @@ class ScoringSettings(WorkerSettings):
 
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Token budget, padding included, of one forward pass of the reference or reward model."""
+    batching: Batching = "auto"
+    """Whether sequences are `packed` into one row or `padded`. `auto`: packed where the model supports it."""
     dtype: DTypeName | None = None
     """Reference and reward models. None: float32 on CPU, bfloat16 on GPU."""
+    max_attempts: int = Field(default=3, ge=1)
+    """At a sample whose reward raises, hangs or is not finite, or whose worker is lost over it; then its
+    prompt is given up and written to the dead letters."""
 
 
 class OptimizerSettings(Section):
@@ -107,7 +120,8 @@ class OptimizerSettings(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0 with the last update."""
+    """Course of the learning rate after the warm-up; linear and cosine end at 0 with the last update that is
+    planned. Where `algorithm.target_kl` ends steps early, fewer are made, and the course stops short of 0."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer updates over which the learning rate rises linearly from 0."""
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -119,6 +133,18 @@ class ValueOptimizerSettings(OptimizerSettings):
 
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate; several times the policy's."""
+
+
+class LoRASettings(Section):
+    """Low-rank adapters, trained in place of the policy's weights: W + alpha / rank x B A. None: none."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rank of the adapters: rows of A, columns of B."""
+    alpha: int = Field(default=16, ge=1)
+    """Divided by the rank, how much an adapter's product counts."""
+    target_modules: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Linear layers that get an adapter, by the end of their names, as in `[q_proj, v_proj]`. None: every
+    one but the head."""
 
 
 class LearnerSettings(WorkerSettings):
@@ -133,8 +159,13 @@ class LearnerSettings(WorkerSettings):
     """Of the policy."""
     value_optimizer: ValueOptimizerSettings = ValueOptimizerSettings()
     """Of the value model."""
+    lora: LoRASettings | None = None
+    """Train low-rank adapters of the policy in place of its weights. They want a learning rate some ten times
+    higher. None: train the weights. The supervised stage and the value model always train theirs."""
     max_tokens_per_micro_batch: int = Field(default=8192, ge=1)
     """Token budget, padding included, of one forward and backward pass on one rank."""
+    batching: Batching = "auto"
+    """Whether sequences are `packed` into one row or `padded`. `auto`: packed where the model supports it."""
     dtype: DTypeName | None = None
     """Compute dtype; master weights are float32. None: float32 on CPU, bfloat16 on GPU."""
     gradient_checkpointing: bool = False

@@ -17,7 +17,7 @@ from rlhf_dist.engines.deepspeed_engine import DeepSpeedEngine
 from rlhf_dist.engines.export import export_causal_lm
 from rlhf_dist.engines.policy_model import PolicyModel
 from rlhf_dist.engines.settings import LearnerSettings, OptimizerSettings
-from rlhf_dist.experience.samples import SequenceBatch
+from rlhf_dist.experience.sequences import sequence_batch
 
 
 class SupervisedTrainer:
@@ -36,7 +36,12 @@ class SupervisedTrainer:
         self._max_tokens = max_tokens_per_micro_batch
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._policy = DeepSpeedEngine(
-            PolicyModel(model, dtype=dtype, gradient_checkpointing=settings.gradient_checkpointing),
+            PolicyModel(
+                model,
+                dtype=dtype,
+                batching=settings.batching,
+                gradient_checkpointing=settings.gradient_checkpointing,
+            ),
             settings,
             optimizer,
             num_updates=num_steps,
@@ -55,12 +60,17 @@ class SupervisedTrainer:
             num_epochs=1,
             num_minibatches=1,
             max_tokens_per_micro_batch=self._max_tokens,
+            packed=self._policy.module.packs,
             seed=0,
         )
         total = torch.zeros(1)
         for indices in plan.epochs[0][0][self._rank]:
-            sequences = SequenceBatch.build([prompts[i] for i in indices], [responses[i] for i in indices])
-            logprobs, _ = self._policy(*sequences.to(self._policy.device).model_inputs(), with_entropy=False)
+            sequences = sequence_batch(
+                [prompts[i] for i in indices],
+                [responses[i] for i in indices],
+                packed=self._policy.module.packs,
+            )
+            logprobs, _ = self._policy(sequences.to(self._policy.device), with_entropy=False)
             loss = -logprobs.sum() / num_tokens
             self._policy.backward(loss * self._num_ranks)  # DeepSpeed averages over the ranks
             total += loss.detach().cpu()

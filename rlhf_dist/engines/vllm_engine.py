@@ -9,6 +9,7 @@ The environment of `cluster.placement.RoleShare` must be set before vllm is impo
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from vllm import SamplingParams, TokensPrompt
@@ -18,8 +19,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from rlhf_dist.engines import vllm_weight_transfer
 from rlhf_dist.errors import WeightsError
-from rlhf_dist.types import Completion, GenerationRequest, WeightManifest, WeightPayload
-from rlhf_dist.weights import snapshot
+from rlhf_dist.types import Completion, GenerationRequest, PublishedWeights, VersionSpan, WeightPayload
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -62,7 +62,7 @@ class VLLMEngine:
         self._engine.collective_rpc("init_weight_transfer_engine", args=({},))
         self._requests: dict[str, GenerationRequest] = {}
         self._finished_during_probe: list[Completion] = []
-        self._num_probes = 0
+        self._num_added = self._num_probes = 0
         self._set_version(0)
 
     @property
@@ -70,22 +70,25 @@ class VLLMEngine:
         """The policy version that the next token will be sampled from."""
         return self._version
 
-    def add(
-        self, request: GenerationRequest, settings: RolloutSettings, *, temperature: float, max_tokens: int
-    ) -> None:
-        """Queue a request; it joins the running batch at the next step."""
+    def add(self, request: GenerationRequest, settings: RolloutSettings, *, max_tokens: int) -> None:
+        """Queue a request; it joins the running batch at the next step.
+
+        Args:
+            max_tokens: longest response, and a limit to `sampling.min_tokens`, too.
+        """
         sampling = settings.sampling
-        request_id = f"{request.ordinal}-{request.sample}"
+        self._num_added += 1
+        request_id = f"request-{self._num_added}"
         self._requests[request_id] = request
         self._engine.add_request(
             request_id,
             TokensPrompt(prompt_token_ids=request.prompt_tokens),
             SamplingParams(
-                temperature=temperature,
+                temperature=request.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 max_tokens=max_tokens,
-                min_tokens=sampling.min_tokens,
+                min_tokens=min(sampling.min_tokens, max_tokens),
                 stop=list(sampling.stop) or None,
                 seed=request.seed,
                 logprobs=0,
@@ -104,20 +107,38 @@ class VLLMEngine:
             finished += [self._completion(output) for output in self._engine.step() if output.finished]
         return finished
 
-    def load_weights(self, manifest: WeightManifest, payload: WeightPayload) -> None:
+    def drop_unfinished(self) -> list[GenerationRequest]:
+        """Forget the requests under way, with the tokens that they have; returns them."""
+        dropped = list(self._requests.values())
+        self._engine.abort_request(list(self._requests))
+        self._requests.clear()
+        return dropped
+
+    def load_weights(self, published: PublishedWeights, payload: WeightPayload | None = None) -> None:
         """Verify a snapshot, load it, and drop what was cached under the old weights.
 
+        Args:
+            payload: the snapshot's bytes, where the learner is on another node.
+
         Raises:
-            WeightsError: a digest does not match; the old weights stay.
+            WeightsError: a digest does not match, and the old weights stay; or the bytes were overwritten
+                while they were loaded, and the engine must not be used until it has loaded others.
         """
-        snapshot.verify(manifest, payload)
         self._engine.collective_rpc("start_weight_update")
-        self._engine.collective_rpc("update_weights", args=({"manifest": manifest, "payload": payload},))
+        update = {"published": published, "payload": payload}
+        self._engine.collective_rpc("update_weights", args=(update,))
         self._engine.collective_rpc("finish_weight_update")
-        # Requests under way are preempted: they go on from their tokens, with a cache of the new weights.
+        self.forget_prefixes()
+        self._set_version(published.manifest.version)
+
+    def forget_prefixes(self) -> None:
+        """Drop what was cached. Requests under way are preempted: they go on from their tokens, cached anew.
+
+        Raises:
+            WeightsError: vLLM kept some of it.
+        """
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise WeightsError(f"the KV cache could not be cleared of policy version {self._version}")
-        self._set_version(manifest.version)
 
     def prompt_logprobs(self, tokens: tuple[int, ...]) -> list[float]:
         """Log-probabilities, in nats at temperature 1, of tokens 1..n-1 given those before each."""
@@ -155,13 +176,11 @@ class VLLMEngine:
             text=answer.text,
             tokens=tokens,
             logprobs=logprobs,
-            policy_versions=_versions_by_token(answer),
+            version_spans=_version_spans(answer) or (VersionSpan(self._version, 0, 0),),
             finish_reason=answer.finish_reason,
+            finished_at_us=time.time_ns() // 1000,
         )
 
 
-def _versions_by_token(answer: CompletionOutput) -> list[int]:
-    versions: list[int] = []
-    for span in answer.weight_versions:
-        versions += [int(span.version)] * (span.end - span.start)
-    return versions
+def _version_spans(answer: CompletionOutput) -> tuple[VersionSpan, ...]:
+    return tuple(VersionSpan(int(span.version), span.start, span.end) for span in answer.weight_versions)

@@ -1,4 +1,4 @@
-"""The learner's view of a leased batch: flat token arrays with offsets, padded only a micro-batch at a time.
+"""The learner's view of a leased batch: flat token arrays with offsets, cut into batches a pass at a time.
 
 Token columns come out of the Arrow buffers whole, never sample by sample. The order is (ordinal, sample),
 whatever order the batches arrived in, so that a step does not depend on who was fast.
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from rlhf_dist.experience.schema import check_version
+from rlhf_dist.experience.sequences import SequenceBatch, sequence_batch
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Samples:
     response_offsets: np.ndarray  # [B + 1] int64
     response_mask: np.ndarray  # [N] uint8
     rollout_logprobs: np.ndarray  # [N] float32
-    policy_versions: np.ndarray  # [N] int32
+    policy_versions: np.ndarray  # [N] int32: version that sampled the token
     ref_logprobs: np.ndarray | None  # [N] float32
     rewards: np.ndarray  # [B] float64
     ordinals: np.ndarray  # [B] int64
@@ -42,26 +44,25 @@ class Samples:
         """Concatenate scored batches and put them in the order (ordinal, sample)."""
         for batch in batches:
             check_version(batch.schema)
-        table = pa.Table.from_batches(batches).sort_by([("ordinal", "ascending"), ("sample", "ascending")])
-        table = table.combine_chunks()
-        prompt_tokens, prompt_offsets = _ragged(table["prompt_tokens"])
-        response_tokens, response_offsets = _ragged(table["response_tokens"])
-        ref_logprobs, _ = _ragged(table["ref_logprobs"])
-        parts = table["reward_parts"].to_pylist()
-        names = [name for name, _ in parts[0]] if parts else []
+        table = pa.Table.from_batches(batches)
+        order = np.lexsort([table["sample"].to_numpy(), table["ordinal"].to_numpy()])
+        prompts = _Lists(batches, "prompt_tokens", order)
+        responses = _Lists(batches, "response_tokens", order)
+        num_ref_logprobs = sum(len(batch["ref_logprobs"].flatten()) for batch in batches)
+        has_reference = num_ref_logprobs == responses.offsets[-1]
         return cls(
-            prompt_tokens=prompt_tokens,
-            prompt_offsets=prompt_offsets,
-            response_tokens=response_tokens,
-            response_offsets=response_offsets,
-            response_mask=_ragged(table["response_mask"])[0],
-            rollout_logprobs=_ragged(table["rollout_logprobs"])[0],
-            policy_versions=_ragged(table["policy_versions"])[0],
-            ref_logprobs=ref_logprobs if len(ref_logprobs) == len(response_tokens) else None,
-            rewards=table["reward"].to_numpy().copy(),
-            ordinals=table["ordinal"].to_numpy().copy(),
-            finished=np.array([reason == "stop" for reason in table["finish_reason"].to_pylist()]),
-            reward_parts={name: np.array([dict(row)[name] for row in parts]) for name in names},
+            prompt_tokens=prompts.values("prompt_tokens"),
+            prompt_offsets=prompts.offsets,
+            response_tokens=responses.values("response_tokens"),
+            response_offsets=responses.offsets,
+            response_mask=responses.values("response_mask"),
+            rollout_logprobs=responses.values("rollout_logprobs"),
+            policy_versions=_versions_by_token(batches, order),
+            ref_logprobs=responses.values("ref_logprobs") if has_reference else None,
+            rewards=table["reward"].to_numpy()[order],
+            ordinals=table["ordinal"].to_numpy()[order],
+            finished=pc.equal(table["finish_reason"], "stop").to_numpy()[order],
+            reward_parts={name: part[order] for name, part in _reward_parts(table).items()},
         )
 
     @property
@@ -79,13 +80,13 @@ class Samples:
         """[B] prompt and response tokens: what a forward pass costs."""
         return (np.diff(self.prompt_offsets) + self.response_lengths).tolist()
 
-    def sequences(self, indices: Sequence[int]) -> SequenceBatch:
-        """The chosen samples, padded on the right, with the place of each response."""
+    def sequences(self, indices: Sequence[int], *, packed: bool) -> SequenceBatch:
+        """The chosen samples as the input of one forward pass."""
         prompts = [self.prompt_tokens[self.prompt_offsets[i] : self.prompt_offsets[i + 1]] for i in indices]
         responses = [
             self.response_tokens[self.response_offsets[i] : self.response_offsets[i + 1]] for i in indices
         ]
-        return SequenceBatch.build(prompts, responses)
+        return sequence_batch(prompts, responses, packed=packed)
 
     def padded(self, flat: np.ndarray | torch.Tensor) -> torch.Tensor:
         """A flat [N] per-token array as [B, T], zero beyond each response's end."""
@@ -98,52 +99,50 @@ class Samples:
             into[self.response_offsets[i] : self.response_offsets[i + 1]] = row[: self.response_lengths[i]]
 
 
-@dataclass(frozen=True)
-class SequenceBatch:
-    """Prompts and responses of B samples in one right-padded rectangle."""
+class _Lists:
+    """List columns whose lists are equally long in each row, of several batches, put into another order."""
 
-    input_ids: torch.Tensor  # [B, S] int64
-    attention_mask: torch.Tensor  # [B, S] int64
-    response_start: torch.Tensor  # [B] int64: column of the first response token
-    response_length: torch.Tensor  # [B] int64
+    def __init__(self, batches: Sequence[pa.RecordBatch], column: str, order: np.ndarray) -> None:
+        """Work out what is to be copied where.
 
-    @classmethod
-    def build(cls, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> SequenceBatch:
-        """Pad the concatenation of each prompt and its response.
-
-        Without samples it is one column of padding with no response: a forward pass that a rank
-        without work of its own runs because the others' collectives wait for it.
+        Args:
+            column: one of them.
+            order: [B] rows of the batches taken together.
         """
-        if not prompts:
-            one = torch.zeros(1, 2, dtype=torch.int64)
-            return cls(one, torch.ones_like(one), torch.ones(1, dtype=torch.int64), torch.zeros(1).long())
-        rows = [
-            torch.from_numpy(np.concatenate([p, r]).astype(np.int64))
-            for p, r in zip(prompts, responses, strict=True)
-        ]
-        return cls(
-            input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-            attention_mask=torch.nn.utils.rnn.pad_sequence(
-                [torch.ones_like(row) for row in rows], batch_first=True
-            ),
-            response_start=torch.tensor([len(prompt) for prompt in prompts]),
-            response_length=torch.tensor([len(response) for response in responses]),
-        )
+        self._batches = batches
+        offsets = [batch[column].offsets.to_numpy() for batch in batches]
+        starts = np.concatenate([each[:-1] - each[0] for each in offsets])[order]
+        ends = np.concatenate([each[1:] - each[0] for each in offsets])[order]
+        batch_of = np.repeat(np.arange(len(batches)), [batch.num_rows for batch in batches])[order]
+        # Lists that are neighbours before and after are copied together.
+        apart = (starts[1:] != ends[:-1]) | (batch_of[1:] != batch_of[:-1])
+        first = np.flatnonzero(np.append(True, apart))
+        last = np.append(first[1:], len(order)) - 1
+        pieces = (batch_of[first], starts[first], ends[last])
+        self._pieces = list(zip(*(each.tolist() for each in pieces), strict=True))
+        self.offsets = np.append(0, np.cumsum(ends - starts, dtype=np.int64))  # [B + 1]
 
-    def model_inputs(self) -> tuple[torch.Tensor, ...]:
-        """The four fields in order: the first arguments of the policy's and value model's forward pass."""
-        return self.input_ids, self.attention_mask, self.response_start, self.response_length
+    def values(self, column: str) -> np.ndarray:
+        """All values of a column, one list after the other, each copied once."""
+        return self.gather([batch[column].flatten().to_numpy() for batch in self._batches])
 
-    def to(self, device: torch.device) -> SequenceBatch:
-        """The same batch on another device."""
-        return SequenceBatch(*(tensor.to(device) for tensor in self.model_inputs()))
+    def gather(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """The same of numbers made from what each batch's lists hold, one of each."""
+        return np.concatenate([values[batch][start:end] for batch, start, end in self._pieces])
 
 
-def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and offsets of a list column of a combined table, with one copy of the whole column."""
-    chunks = column.chunks
-    if not chunks:
-        return np.empty(0, column.type.value_type.to_pandas_dtype()), np.zeros(1, np.int64)
-    (lists,) = chunks
-    offsets = lists.offsets.to_numpy().astype(np.int64)
-    return lists.values.to_numpy()[offsets[0] : offsets[-1]].copy(), offsets - offsets[0]
+def _versions_by_token(batches: Sequence[pa.RecordBatch], order: np.ndarray) -> np.ndarray:
+    """[N] int32, from the responses' spans, which cover all of their tokens in order."""
+    spans = _Lists(batches, "version_spans", order)
+    values = [batch["version_spans"].flatten() for batch in batches]
+    versions, starts, ends = (
+        spans.gather([each.field(name).to_numpy() for each in values]) for name in ("version", "start", "end")
+    )
+    return np.repeat(versions, ends - starts)
+
+
+def _reward_parts(table: pa.Table) -> dict[str, np.ndarray]:
+    """[B] by name; every sample has the same names."""
+    column = table["reward_parts"]
+    names = [name for name, _ in column[0].as_py()]
+    return {name: pc.map_lookup(column, name, "first").to_numpy() for name in names}

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from rlhf_dist.errors import StorageError
+from rlhf_dist.observability.lines import read_lines
 
 Metrics = dict[str, Any]
 
@@ -15,30 +20,60 @@ class MetricsLog:
     """Appends steps to a file."""
 
     def __init__(self, path: Path, *, first_step: int) -> None:
-        """Open the log, keeping what it has of the steps before `first_step` (those after were undone)."""
+        """Open the log, keeping what it has of the steps before `first_step` (those after were undone).
+
+        Raises:
+            RunError: a line before the last is broken.
+            StorageError: it cannot be written.
+        """
         self._path = path
         kept = [metrics for metrics in read_metrics(path) if metrics["step"] < first_step]
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(metrics) for metrics in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
+        self._write(temporary, "w", kept)
+        with self._writing():
+            temporary.rename(path)
+            _sync_folder(path.parent)
 
     def append(self, metrics: Metrics) -> None:
-        """Write one step."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(metrics))
+        """Write one step.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        self._write(self._path, "a", [metrics])
+
+    def _write(self, path: Path, mode: Literal["w", "a"], steps: list[Metrics]) -> None:
+        with self._writing(), path.open(mode, encoding="utf-8") as file:
+            file.writelines(map(_line, steps))
             file.flush()
             os.fsync(file.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} cannot be written ({error.strerror}); make room, then go on with --resume"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The steps of a log, oldest first; none if there is no log. A torn last line is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The steps of a log, oldest first; none if there is no log. A torn last line is left out.
+
+    Raises:
+        RunError: a line before the last is broken.
+    """
+    return read_lines(path)[0]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename in it on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _line(metrics: Metrics) -> str:

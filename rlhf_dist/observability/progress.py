@@ -41,16 +41,20 @@ class Progress:
         self._console.print(text, highlight=False)
 
     def step_done(self, metrics: Metrics) -> None:
-        """A learner step is over."""
-        self._num_done = metrics["step"] + 1
+        """A learner step of a training run is over."""
         kl = metrics.get("kl_ref")
-        self._latest = f"reward {metrics['reward_mean']:.3f}" + (f"  KL {kl:z.4f}" if kl is not None else "")
+        latest = f"reward {metrics['reward_mean']:.3f}" + (f"  KL {kl:z.4f}" if kl is not None else "")
+        self.advance(metrics["step"] + 1, latest)
         self.say(
             f"step {self._num_done:>4}/{self._num_steps}  {self._latest}"
             f"  entropy {metrics['entropy']:.3f}"
             f"  length {metrics['response_tokens_mean']:.1f}"
             f"  {metrics['tokens_per_s']:.0f} tokens/s  {metrics['seconds_step']:.1f} s"
         )
+
+    def advance(self, num_done: int, latest: str) -> None:
+        """So many steps are over; `latest` is what is worth knowing of the last one."""
+        self._num_done, self._latest = num_done, latest
 
     def _render(self) -> Table:
         line = Table.grid(padding=(0, 1))

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 class Stopwatch:
@@ -33,17 +30,6 @@ class Stopwatch:
             self._open.pop()
             if self._open:
                 self._on_phase(self._open[-1])
-
-    def timed(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """Count the time that each next item takes for `name`, and not what is done with it."""
-        iterator = iter(items)
-        while True:
-            with self.phase(name):
-                try:
-                    item = next(iterator)
-                except StopIteration:
-                    return
-            yield item
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call."""

@@ -13,6 +13,6 @@ Promises that every function keeps:
 * Shapes that do not match raise `ValueError` with the shapes received.
 """
 
-from rlhf_dist.ops import kl, logprobs, losses, masked, returns
+from rlhf_dist.ops import kl, logprobs, losses, masked, returns, trust_region
 
-__all__ = ["kl", "logprobs", "losses", "masked", "returns"]
+__all__ = ["kl", "logprobs", "losses", "masked", "returns", "trust_region"]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rlhf_dist.ops.masked import upcast
 
@@ -30,16 +29,19 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.
 
         logprob = z[label] - logsumexp(z),   z = logits / temperature
 
-    A row whose upstream gradient is 0 gets gradient 0 whatever its logits, NaN included.
+    A row whose upstream gradient is 0 gets gradient 0 whatever its logits, NaN included. A second derivative
+    raises RuntimeError.
 
     Args:
         logits: [B, T, V], or any leading dimensions; differentiable.
-        labels: [B, T], integers in [0, V), at padded positions too.
+        labels: [B, T], integers in [0, V), at padded positions too: there is no label to ignore, mask
+            what comes out.
         temperature: the sampler's, positive.
     Returns:
         [B, T], float32 (float64 for float64 logits).
     Raises:
-        ValueError: labels are not of the logits' leading shape, or the temperature is not positive.
+        ValueError: labels are not of the logits' leading shape, no integers or not in [0, V), or the
+            temperature is not positive.
     """
     _check(logits, temperature, labels)
     return _TokenStatistics.apply(logits, labels, temperature, False)[0]
@@ -110,8 +112,12 @@ class _TokenStatistics(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():  # only where a graph of the gradient is asked for
+            raise RuntimeError(
+                "log-probabilities and entropies of ops.logprobs can be differentiated once; for second "
+                "derivatives (create_graph=True) take them from torch's log_softmax"
+            )
         logits, labels, entropy = ctx.saved_tensors
         grad_logprobs, grad_entropy = (grad if grad is None else grad.reshape(-1, 1) for grad in grads)
         if grad_logprobs is None and grad_entropy is None:
@@ -205,8 +211,24 @@ def _check(logits: Tensor, temperature: float, labels: Tensor | None = None) -> 
         raise ValueError(f"expected a positive temperature, received {temperature}")
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"expected logits of [..., V], received {tuple(logits.shape)}")
-    if labels is not None and labels.shape != logits.shape[:-1]:
+    if labels is not None:
+        _check_labels(logits, labels)
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Reads the labels once, and no logits."""
+    if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"expected labels of the logits' leading shape, received labels {tuple(labels.shape)}, "
             f"logits {tuple(logits.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"expected integers as labels, received {labels.dtype}")
+    if labels.numel() == 0:
+        return
+    lowest, highest = torch.stack(labels.aminmax()).tolist()
+    if lowest < 0 or highest >= logits.shape[-1]:
+        raise ValueError(
+            f"expected labels in [0, {logits.shape[-1]}), at masked positions too, where any such label will "
+            f"do; received labels from {lowest} to {highest}"
         )

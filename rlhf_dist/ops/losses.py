@@ -13,6 +13,8 @@ token holds the neutral element. Statistics take no account of `weights`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -229,7 +231,7 @@ def value_loss(
         0.5 * loss, mask, kind=aggregation, num_tokens=num_tokens, num_sequences=num_sequences, scale=scale
     )
     return total, {
-        "clip_fraction": masked_mean(clipped, mask),
+        "clip_fraction": masked_mean(clipped.to(values.dtype), mask),
         "value_mean": masked_mean(values.detach(), mask),
         "return_mean": masked_mean(returns, mask),
         "return_sq_mean": masked_mean(returns.square(), mask),
@@ -252,13 +254,25 @@ def importance_weights(
     With d = train_logprobs - rollout_logprobs and rho = exp(d), d clamped to +-20:
 
         none        1
-        tis         min(rho, cap)   (truncated importance sampling: Ionides 2008; Yao et al. 2025)
-        seq_tis     min(exp(sum_t d), cap), the same at each token of the row; the sum is clamped, not d
-        icepop      rho where lo <= rho <= hi, else 0   (Ling team 2025, "IcePop")
-        seq_icepop  likewise with exp(sum_t d)
-        geo_mask    rho, and 0 on the whole row unless lo <= exp(mean_t d) <= hi
+        tis         min(rho, cap)                                       (Ionides 2008; Yao et al. 2025)
+        seq_tis     min(R, cap)                                         (Liu, Li et al. 2025)
+        icepop      rho where lo <= rho <= hi, else 0                   (Ling team 2025)
+        seq_icepop  R where lo <= R <= hi, else 0                       (icepop, at the level of seq_tis)
+        geo_mask    rho where lo <= exp(mean_t d) <= hi, else 0         (Liu, Li et al. 2025; OpenRLHF)
 
-    A dropped token still counts in the loss's denominator.
+    with R = exp(sum_t d) of the row, the sum clamped to +-20 instead of d. R and the geometric mean
+    exp(mean_t d) are the same at each token of a row.
+
+    Ionides 2008, "Truncated importance sampling"; Yao et al. 2025, "Your Efficient RL Framework Secretly
+    Brings You Off-Policy RL Training", who apply it to the gap between engines; Ling team 2025, "Every Step
+    Evolves", arXiv:2510.18855, which has IcePop; Liu, Li et al. 2025, "When Speed Kills Stability", with
+    weights and masks of whole responses, whose equations verl's documentation of its rollout correction has
+    too. They reject by the geometric mean and leave it at that; that the rows kept have weights, uncapped
+    ones, is as in OpenRLHF (`seq-mask-tis`).
+
+    A dropped token still counts in the loss's denominator. At a valid token an infinite d counts as +-20 in
+    rho, and as infinite in the sum and the mean of its row. Where d is NaN, or the sum of a row that has
+    infinities of both signs, there is no weight: it is NaN in `tis` and `seq_tis`; the others drop it.
 
     Args:
         train_logprobs: [B, T], of the trainer under the weights that sampled.
@@ -281,9 +295,10 @@ def importance_weights(
         log_weights = log_ratio
     weights = keep(log_weights.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), mask)
     if kind in ("tis", "seq_tis"):
-        if not isinstance(cap, (int, float)) or not cap > 0:
-            raise ValueError(f"{kind} expects one positive cap, received {cap}")
-        return weights.clamp(max=cap)
+        highest = _number(cap)
+        if highest is None or not highest > 0:
+            raise ValueError(f"{kind} expects one positive number as its cap, received {cap!r}")
+        return weights.clamp(max=highest)
     low, high = _bounds(kind, cap)
     if kind == "geo_mask":
         mean = (log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
@@ -297,13 +312,21 @@ def rejection_mask(
 ) -> Tensor:
     """The mask without the tokens or rows on which trainer and rollout engine disagree too much.
 
-    With d = train_logprobs - rollout_logprobs clamped to +-20, a token or row is kept where
+    Rejection as in Liu, Li et al. 2025, "When Speed Kills Stability", and in verl's documentation of its
+    rollout correction. With d = train_logprobs - rollout_logprobs clamped to +-20, and a value of each token,
 
-        k1      lo <= exp(x) <= hi,   x the level of d
-        k2, k3  x <= hi,              x the level of d^2 / 2 or exp(d) - 1 - d
+        k1  v_t = d_t                    k2  v_t = d_t^2 / 2           k3  v_t = exp(d_t) - 1 - d_t
 
-    and the level is the token's own value, or the row's `seq_sum` or `seq_mean`; `seq_max` keeps a row
-    if all its tokens are inside. Unlike a weight of 0, a rejected token leaves the loss's denominator.
+    a token or row is kept where lo <= exp(x) <= hi for k1, and where x <= hi for k2 and k3, with
+
+        token     x = v_t
+        seq_sum   x = sum_t v_t          for k1 the bounds are on the product of the row's ratios
+        seq_mean  x = sum_t v_t / n      for k1 on their geometric mean
+        seq_max   x = v_t                and the row is kept if all its tokens are
+
+    k2 and k3 are the estimates of KL(rollout || train) of Schulman 2020, "Approximating KL divergence".
+    Unlike a weight of 0, a rejected token leaves the loss's denominator. An infinite d counts as +-20, at
+    every level; a token or row with NaN is rejected.
 
     Args:
         train_logprobs, rollout_logprobs, mask: [B, T], as in `importance_weights`.
@@ -320,13 +343,13 @@ def rejection_mask(
     log_ratio, mask = _log_ratio(train_logprobs, rollout_logprobs, mask)
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if kind == "k1":
-        low, high = (math.log(bound) for bound in _bounds(kind, bounds))
+        low, high = (math.log(bound) if bound > 0 else -math.inf for bound in _bounds(kind, bounds))
         value = log_ratio
-    elif isinstance(bounds, (int, float)) and bounds > 0:
-        low, high = -math.inf, bounds
+    elif (highest := _number(bounds)) is not None and highest > 0:
+        low, high = -math.inf, highest
         value = kl_estimate(-log_ratio, torch.zeros_like(log_ratio), kind)
     else:
-        raise ValueError(f"{kind} expects one positive bound, received {bounds}")
+        raise ValueError(f"{kind} expects one positive number as its bound, received {bounds!r}")
     if level in ("seq_sum", "seq_mean"):
         value = value.sum(-1, keepdim=True)
     if level == "seq_mean":
@@ -341,7 +364,9 @@ def rejection_mask(
 def mismatch_stats(train_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor) -> Stats:
     """How far the rollout engine's log-probabilities are from the trainer's, over tokens it sampled.
 
-    With d = train_logprobs - rollout_logprobs and rho = exp(d), d clamped to +-20:
+    The estimates of Schulman 2020, "Approximating KL divergence", and the sample size of Kish 1965, "Survey
+    Sampling"; verl's documentation of its rollout correction has the same metrics. With
+    d = train_logprobs - rollout_logprobs and rho = exp(d), d clamped to +-20:
 
         kl         mean(-d)               k1 of KL(rollout || train)
         kl_k3      mean(rho - 1 - d)      k3 of it
@@ -349,7 +374,8 @@ def mismatch_stats(train_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tenso
         weight_mean, weight_sq_mean       mean(rho), mean(rho^2); the latter minus 1 is the chi-square
         ess        mean(rho)^2 / mean(rho^2), see `effective_sample_size`
 
-    `ess` is not a mean: take it anew from the combined weight_mean and weight_sq_mean.
+    `ess` is not a mean: take it anew from the combined weight_mean and weight_sq_mean. A NaN at a valid token
+    makes everything NaN, but ess 0.
 
     Args:
         train_logprobs, rollout_logprobs, mask: [B, T].
@@ -387,6 +413,9 @@ def effective_sample_size(weights: Tensor, mask: Tensor, *, all_reduce: AllReduc
     """
     check_shapes(weights=weights, mask=mask)
     weights = keep(weights, as_bool(mask))
+    if all_reduce is None:
+        largest = weights.amax() if weights.numel() else weights.new_ones(())
+        weights = weights / torch.where(largest > 0, largest, 1.0)  # squares neither overflow nor vanish
     mean = masked_mean(weights, mask, all_reduce=all_reduce)
     mean_square = masked_mean(weights.square(), mask, all_reduce=all_reduce)
     return torch.where(mean_square > 0, mean.square() / mean_square, 0.0)
@@ -411,6 +440,8 @@ def _clipped_surrogate(
 ) -> tuple[Tensor, Stats]:
     """(L_t of `policy_loss` as [B, T], its ratio and clip statistics)."""
     check_shapes(advantages=advantages, mask=mask)
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"expected clip_low >= 0 and clip_high >= 0, received {clip_low=}, {clip_high=}")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"expected dual_clip > 1, received {dual_clip}")
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -429,10 +460,10 @@ def _clipped_surrogate(
         loss = loss * keep(weights.detach(), mask)
     ratio = ratio.detach()
     return loss, {
-        "clip_fraction": masked_mean(clipped, mask),
-        "clip_fraction_low": masked_mean(clipped & (advantages < 0), mask),
-        "clip_fraction_high": masked_mean(clipped & (advantages > 0), mask),
-        "dual_clip_fraction": masked_mean(capped, mask),
+        "clip_fraction": masked_mean(clipped.to(ratio.dtype), mask),
+        "clip_fraction_low": masked_mean((clipped & (advantages < 0)).to(ratio.dtype), mask),
+        "clip_fraction_high": masked_mean((clipped & (advantages > 0)).to(ratio.dtype), mask),
+        "dual_clip_fraction": masked_mean(capped.to(ratio.dtype), mask),
         "ratio_mean": masked_mean(ratio, mask),
         "ratio_max": _extreme(ratio, mask, largest=True, neutral=math.exp(-MAX_LOG_RATIO)),
         "ratio_min": _extreme(ratio, mask, largest=False, neutral=math.exp(MAX_LOG_RATIO)),
@@ -462,8 +493,20 @@ def _at_least_one(count: Count, default: Tensor) -> Tensor | float:
 
 
 def _bounds(kind: str, bounds: Bounds | None) -> tuple[float, float]:
-    if isinstance(bounds, (int, float)) and bounds >= 1:
-        return 1 / bounds, bounds
-    if isinstance(bounds, (tuple, list)) and len(bounds) == 2 and 0 < bounds[0] <= bounds[1]:
-        return bounds[0], bounds[1]
-    raise ValueError(f"{kind} expects (lo, hi) with 0 < lo <= hi, or one number >= 1, received {bounds}")
+    one = _number(bounds)
+    if one is not None and one >= 1:
+        return 1 / one, one
+    if one is None and isinstance(bounds, Iterable):
+        two = [number for each in bounds if (number := _number(each)) is not None]
+        if len(two) == 2 and 0 <= two[0] <= two[1] and two[1] > 0:
+            return two[0], two[1]
+    raise ValueError(
+        f"{kind} expects (lo, hi) with 0 <= lo <= hi and hi > 0, or one number >= 1, received {bounds!r}"
+    )
+
+
+def _number(value: object) -> float | None:
+    """A float from any kind of number, scalars of tensor libraries included; None: it is none."""
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None

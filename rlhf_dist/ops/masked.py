@@ -49,8 +49,8 @@ def masked_whiten(
 
     The corrected two-pass algorithm (Chan, Golub, LeVeque 1983, eq. 1.7): the mean of the deviations,
     which is the rounding error of the first mean, is taken off again. Otherwise a batch of equal large
-    values would come out as noise instead of 0. Without a spread, and for N <= 1, y is 0. Differentiable
-    where `all_reduce` is None.
+    values would come out as noise instead of 0. Without a spread, and for N <= 1, y is 0 (the mean, where
+    `shift_mean` is False). Differentiable where `all_reduce` is None.
 
     Args:
         x: any shape.

@@ -108,8 +108,10 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, kind: str) -> Tensor:
         reinforce_baseline  A = s - m, which the caller spreads over the tokens and whitens over the
                             batch with `masked_whiten`  (Hu et al. 2025, arXiv:2501.03262)
 
-    A group of one and a group of equal scores get exactly 0. Equality is tested on the scores: the
-    rounded mean of equal scores may differ from them, and a division by their spread makes that large.
+    The mean of the deviations, which is the rounding error of the first mean, is taken off again, as in
+    `masked_whiten`: scores may be large against their spread. A group of one and a group of equal scores get
+    exactly 0. Equality is tested on the scores: rounding may leave a little of a spread, and a division by it
+    makes that large.
 
     Args:
         scores: [B].
@@ -128,6 +130,7 @@ def group_advantages(scores: Tensor, group_ids: Tensor, *, kind: str) -> Tensor:
 
     mean = zeros.index_add(0, group, scores) / sizes
     deviation = scores - mean[group]  # (B,)
+    deviation = deviation - (zeros.index_add(0, group, deviation) / sizes)[group]
     lowest = zeros.scatter_reduce(0, group, scores, "amin", include_self=False)
     highest = zeros.scatter_reduce(0, group, scores, "amax", include_self=False)
     deviation = torch.where((lowest == highest)[group], 0.0, deviation)

@@ -13,8 +13,14 @@ from torch import Tensor
 
 MatVec = Callable[[Tensor], Tensor]
 
+Dot = Callable[[Tensor, Tensor], Tensor]
+"""The inner product of two vectors [P]. Every decision follows from its results alone: processes to which it
+gives the same number make the same calls."""
 
-def conjugate_gradient(matvec: MatVec, b: Tensor, *, num_iterations: int, tolerance: float = 1e-10) -> Tensor:
+
+def conjugate_gradient(
+    matvec: MatVec, b: Tensor, *, num_iterations: int, tolerance: float = 1e-10, dot: Dot = torch.dot
+) -> Tensor:
     """Solves A x = b for a symmetric positive definite A that is known by its products only.
 
     Hestenes and Stiefel 1952. Exact after as many iterations as A has distinct eigenvalues; a few give a
@@ -25,6 +31,7 @@ def conjugate_gradient(matvec: MatVec, b: Tensor, *, num_iterations: int, tolera
         b: [P].
         num_iterations: at most.
         tolerance: stops once |A x - b|^2 is below `tolerance` * |b|^2.
+        dot: the inner product.
 
     Returns:
         x, [P].
@@ -36,25 +43,25 @@ def conjugate_gradient(matvec: MatVec, b: Tensor, *, num_iterations: int, tolera
         raise ValueError(f"expected a vector, received {tuple(b.shape)}")
     x = torch.zeros_like(b)
     residual, direction = b.clone(), b.clone()
-    squared = residual @ residual
+    squared = dot(residual, residual)
     limit = tolerance * squared
     for _ in range(num_iterations):
         if squared <= limit:
             break
         product = matvec(direction)
-        curvature = direction @ product
+        curvature = dot(direction, product)
         if curvature <= 0:
             break  # rounding: beyond here the direction leads nowhere
         alpha = squared / curvature
         x = x + alpha * direction
         residual = residual - alpha * product
-        squared_before, squared = squared, residual @ residual
+        squared_before, squared = squared, dot(residual, residual)
         direction = residual + (squared / squared_before) * direction
     return x
 
 
 def natural_gradient_step(
-    gradient: Tensor, fisher_product: MatVec, *, max_kl: float, num_iterations: int
+    gradient: Tensor, fisher_product: MatVec, *, max_kl: float, num_iterations: int, dot: Dot = torch.dot
 ) -> Tensor:
     """The longest step along the natural gradient that the quadratic model of the KL allows.
 
@@ -65,6 +72,7 @@ def natural_gradient_step(
         fisher_product: v -> F v, with F the Hessian of KL(old || new) at the old parameters.
         max_kl: the trust region, in nats.
         num_iterations: of conjugate gradients.
+        dot: the inner product.
 
     Returns:
         [P]; 0 where the gradient is 0.
@@ -74,8 +82,8 @@ def natural_gradient_step(
     """
     if not max_kl > 0:
         raise ValueError(f"expected a positive max_kl, received {max_kl}")
-    direction = conjugate_gradient(fisher_product, gradient, num_iterations=num_iterations)
-    curvature = direction @ fisher_product(direction)
+    direction = conjugate_gradient(fisher_product, gradient, num_iterations=num_iterations, dot=dot)
+    curvature = dot(direction, fisher_product(direction))
     if curvature <= 0:
         return torch.zeros_like(gradient)
     return (2 * max_kl / curvature).sqrt() * direction

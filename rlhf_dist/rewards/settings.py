@@ -17,6 +17,9 @@ class FunctionRewardSettings(Section):
     path: str = Field(pattern=r"^[\w.]+:\w+$")
     """`package.module:function`; called as `function(prompts, responses, columns)` with two lists of
     strings and the data set's columns as a dict of lists, one entry a sample; returns one number a sample."""
+    timeout_s: float | None = Field(default=300, gt=0)
+    """Seconds that one call, on a batch of samples, may take; after that the worker is replaced. Calls run in
+    a thread of their own for it, where Python sets no signal handlers. None: no limit, and no such thread."""
     weight: float = 1.0
     """Factor in the sum."""
     name: str | None = None

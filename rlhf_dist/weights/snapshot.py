@@ -1,77 +1,128 @@
-"""A weight snapshot: named tensors as raw bytes, with a manifest that names and digests each.
+"""A weight snapshot: all tensors of a model as one block of bytes, with a manifest that digests each.
 
-The learner's rank 0 takes it, the object store carries it (once a node, shared memory on the node),
-every rollout worker verifies it before it loads anything.
+The learner's rank 0 writes it, a transport carries it, every rollout worker verifies it before it
+touches its model.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 import xxhash
 
 from rlhf_dist.errors import WeightsError
-from rlhf_dist.types import Probe, TensorEntry, WeightManifest, WeightPayload
+from rlhf_dist.types import TensorEntry, WeightManifest, WeightPayload
+
+ALIGNMENT_BYTES = 64
+"""Where a tensor may begin: a cache line, and a multiple of every item size."""
+CHUNK_BYTES = 1024 * 1024
+"""What is copied at once, and digested while it is still in the core's cache."""
+
+Bucket = Sequence[tuple[tuple[str, ...], torch.Tensor]]
+"""Full (gathered) tensors with their Hugging Face names: a tied one has several."""
 
 
-def take_snapshot(
-    version: int, tensors: Iterable[tuple[str, torch.Tensor]], probe: Probe
-) -> tuple[WeightManifest, WeightPayload]:
-    """Copy the tensors to host memory as bytes and digest each.
+def snapshot_bytes(tensor_bytes: Iterable[int]) -> int:
+    """Bytes of a snapshot of tensors of these sizes."""
+    return sum(_aligned(size) for size in tensor_bytes)
 
-    Args:
-        version: the policy version of these weights.
-        tensors: full (gathered) tensors under their Hugging Face names, tied ones included.
-        probe: the learner's log-probabilities of a fixed sequence under these very weights.
-    """
-    entries: list[TensorEntry] = []
-    payload: WeightPayload = []
-    for name, tensor in tensors:
-        raw = _raw_bytes(tensor)
-        entries.append(TensorEntry(name, _dtype_name(tensor.dtype), tuple(tensor.shape), _digest(raw)))
-        payload.append(raw)
-    return WeightManifest(version, tuple(entries), probe), payload
+
+class SnapshotWriter:
+    """Writes a snapshot bucket by bucket: threads copy and digest one while the next is gathered."""
+
+    def __init__(self, target: np.ndarray, threads: Executor) -> None:
+        """Begin an empty snapshot.
+
+        Args:
+            target: where the bytes go; uint8, of at least `snapshot_bytes`.
+            threads: who copies and digests; neither holds Python's lock.
+        """
+        self._target, self._threads = target, threads
+        self._end = 0
+        self._under_way: list[tuple[tuple[str, ...], torch.Tensor, int, Future[str]]] = []
+        self._entries: list[TensorEntry] = []
+        self._tied: list[TensorEntry] = []
+
+    def add(self, bucket: Bucket) -> None:
+        """Wait for the bucket before, then begin to write this one. Its tensors must stay as they are."""
+        self._finish_bucket()
+        for names, tensor in bucket:
+            begin, end = self._end, self._end + tensor.nbytes
+            future = self._threads.submit(_copy_and_digest, tensor.detach(), self._target[begin:end])
+            self._under_way.append((names, tensor, begin, future))
+            self._end = _aligned(end)
+
+    def finish(self) -> tuple[TensorEntry, ...]:
+        """Wait for the last bucket; what was written, the further names of tied tensors last."""
+        self._finish_bucket()
+        return (*self._entries, *self._tied)
+
+    def _finish_bucket(self) -> None:
+        for (first, *others), tensor, begin, future in self._under_way:
+            dtype, shape, digest = _dtype_name(tensor.dtype), tuple(tensor.shape), future.result()
+            self._entries.append(TensorEntry(first, dtype, shape, begin, digest))
+            self._tied += [TensorEntry(name, dtype, shape, begin, digest) for name in others]
+        self._under_way = []
 
 
 def verify(manifest: WeightManifest, payload: WeightPayload) -> None:
-    """Check every tensor of a snapshot against its digest.
+    """Check every tensor of a snapshot against its digest, in as many threads as torch has.
 
     Raises:
-        WeightsError: a tensor is missing, or its bytes are not those that the learner digested.
+        WeightsError: a tensor is cut, or its bytes are not those that the learner digested.
     """
-    if len(payload) != len(manifest.tensors):
-        raise WeightsError(
-            f"weight snapshot version {manifest.version} holds {len(payload)} tensors, "
-            f"its manifest names {len(manifest.tensors)}"
+    once: dict[tuple[int, str], TensorEntry] = {}
+    for entry in manifest.tensors:
+        once.setdefault((entry.offset, entry.digest), entry)  # tied tensors are the same bytes
+    entries = once.values()
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        digests = threads.map(
+            lambda entry: xxhash.xxh3_128_hexdigest(_bytes_of(entry, payload).data), entries
         )
-    for entry, raw in zip(manifest.tensors, payload, strict=True):
-        digest = _digest(raw)
-        if digest != entry.digest:
-            raise WeightsError(
-                f"weight snapshot version {manifest.version}: tensor {entry.name} has digest {digest}, "
-                f"the learner published {entry.digest}; the bytes were damaged on their way"
-            )
+        for entry, digest in zip(entries, digests, strict=True):
+            if digest != entry.digest:
+                raise WeightsError(
+                    f"weight snapshot version {manifest.version}: tensor {entry.name} has digest {digest}, "
+                    f"the learner published {entry.digest}; the bytes were damaged on their way"
+                )
 
 
 def named_tensors(manifest: WeightManifest, payload: WeightPayload) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a snapshot, sharing the payload's (possibly read-only) memory: read, never write."""
-    for entry, raw in zip(manifest.tensors, payload, strict=True):
+    for entry in manifest.tensors:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given buffer is not writable")
-            flat = torch.frombuffer(raw, dtype=getattr(torch, entry.dtype))
-        yield entry.name, flat.view(entry.shape)
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            raw = torch.from_numpy(_bytes_of(entry, payload))
+        yield entry.name, _flat(raw).view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
-def _raw_bytes(tensor: torch.Tensor) -> np.ndarray:
-    host = tensor.detach().to("cpu", copy=True).contiguous()
-    return host.view(-1).view(torch.uint8).numpy()
+def _copy_and_digest(tensor: torch.Tensor, target: np.ndarray) -> str:
+    source = _flat(tensor.contiguous()).view(torch.uint8)
+    hasher = xxhash.xxh3_128()
+    for begin in range(0, len(target), CHUNK_BYTES):
+        chunk = target[begin : begin + CHUNK_BYTES]
+        np.copyto(chunk, source[begin : begin + CHUNK_BYTES].cpu().numpy())
+        hasher.update(chunk.data)
+    return hasher.hexdigest()
 
 
-def _digest(raw: np.ndarray) -> str:
-    return xxhash.xxh3_128_hexdigest(raw.data)
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor in one dimension; unlike `view(-1)` with stride 1 also where it is empty."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _bytes_of(entry: TensorEntry, payload: WeightPayload) -> np.ndarray:
+    size = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+    return payload[entry.offset : entry.offset + size]
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

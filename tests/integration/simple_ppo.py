@@ -17,8 +17,16 @@ from transformers import AutoModel, AutoModelForCausalLM
 class Sample:
     prompt: list[int]
     response: list[int]
+    chosen: list[int]
+    """Places in the response of the C tokens that the policy chose."""
     ref_logprobs: list[float]
+    """A number a response token."""
     reward: float
+
+
+def reference(sample):
+    """(C,) log-probabilities of the chosen tokens under the reference policy."""
+    return torch.tensor(sample.ref_logprobs)[sample.chosen]
 
 
 class SimplePPO:
@@ -36,22 +44,22 @@ class SimplePPO:
         self.clip, self.value_clip, self.num_epochs = clip, value_clip, num_epochs
 
     def log_probabilities(self, sample):
-        """(T,) of the response tokens."""
+        """(C,) of the chosen tokens."""
         logits = self.policy(torch.tensor([sample.prompt + sample.response])).logits[0]
         rows = torch.log_softmax(logits[len(sample.prompt) - 1 : -1], dim=-1)
-        return rows[torch.arange(len(sample.response)), torch.tensor(sample.response)]
+        return rows[sample.chosen, torch.tensor(sample.response)[sample.chosen]]
 
     def values(self, sample):
-        """(T,) before each response token."""
+        """(C,) before each chosen token."""
         hidden = self.critic(torch.tensor([sample.prompt + sample.response])).last_hidden_state[0]
-        return self.head(hidden[len(sample.prompt) - 1 : -1]).squeeze(-1)
+        return self.head(hidden[len(sample.prompt) - 1 : -1]).squeeze(-1)[sample.chosen]
 
     def advantages(self, sample, logprobs, values):
-        """(T,) by the recursion, from the last token backwards."""
-        rewards = [
-            -self.kl_coef * float(lp - ref) for lp, ref in zip(logprobs, sample.ref_logprobs, strict=True)
-        ]
-        rewards[-1] += sample.reward
+        """(C,) by the recursion, from the last chosen token backwards, as if there were no others."""
+        refs = reference(sample)
+        rewards = [-self.kl_coef * float(lp - ref) for lp, ref in zip(logprobs, refs, strict=True)]
+        if rewards:
+            rewards[-1] += sample.reward
         advantages = [0.0] * len(rewards)
         following, next_value = 0.0, 0.0
         for t in reversed(range(len(rewards))):
@@ -71,7 +79,7 @@ class SimplePPO:
         mean, deviation = everything.mean(), (everything.var(unbiased=True) + 1e-8).sqrt()
         advantages = [(a - mean) / deviation for a in advantages]
         num_tokens = len(everything)
-        policy_losses, value_losses, kls = [], [], []
+        policy_losses, value_losses, kls, policy_norms, value_norms = [], [], [], [], []
         for _ in range(self.num_epochs):
             policy_loss = value_loss = kl = 0.0
             for i, sample in enumerate(samples):
@@ -83,24 +91,31 @@ class SimplePPO:
                 near = old_values[i] + (values - old_values[i]).clamp(-self.value_clip, self.value_clip)
                 errors = torch.maximum((values - returns[i]) ** 2, (near - returns[i]) ** 2)
                 value_loss = value_loss + 0.5 * errors.sum() / num_tokens
-                kl = kl + float((old[i] - logprobs).sum()) / num_tokens
-            self._update(self.policy_optimizer, list(self.policy.parameters()), policy_loss)
-            self._update(self.value_optimizer, self.value_parameters, value_loss)
+                kl = kl + float((old[i] - logprobs.detach()).sum()) / num_tokens
+            policy_norms.append(
+                self._update(self.policy_optimizer, list(self.policy.parameters()), policy_loss)
+            )
+            value_norms.append(self._update(self.value_optimizer, self.value_parameters, value_loss))
             policy_losses.append(float(policy_loss.detach()))
             value_losses.append(float(value_loss.detach()))
             kls.append(kl)
-        ref = torch.cat([torch.tensor(sample.ref_logprobs) for sample in samples])
+        ref = torch.cat([reference(sample) for sample in samples])
         return {
             "policy_loss": sum(policy_losses) / self.num_epochs,
             "value_loss": sum(value_losses) / self.num_epochs,
             "policy_approx_kl": sum(kls) / self.num_epochs,
             "kl_ref_response": float((torch.cat(old) - ref).sum()) / len(samples),
             "advantage_std": float(everything.std(unbiased=False)),
+            "return_mean": float(torch.cat(returns).mean()),
+            "value_mean": float(torch.cat(old_values).mean()),
+            "policy_grad_norm": sum(policy_norms) / self.num_epochs,
+            "value_grad_norm": sum(value_norms) / self.num_epochs,
         }
 
     @staticmethod
     def _update(optimizer, parameters, loss):
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        return float(norm)

@@ -9,9 +9,9 @@ SPY = Path(__file__).with_name("driver_spy.py")
 LARGEST_ANSWER_BYTES = 64 * 1024
 
 
-def test_no_tensor_passes_through_the_driver(train, small, tmp_path):
+def test_no_tensor_passes_through_the_driver(train, lean, tmp_path):
     report = tmp_path / "seen.json"
-    run = train(*small, launcher=(str(SPY), str(report)))
+    run = train(*lean, launcher=(str(SPY), str(report)))
     assert run.returncode == 0, run.output
     seen = json.loads(report.read_text())
     policy_bytes = (run.folder / "policy" / "model.safetensors").stat().st_size

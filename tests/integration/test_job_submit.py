@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,14 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlhf_dist.cluster.process_group import free_port
+
 REPOSITORY = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -100,24 +95,28 @@ def submit(address, environment, *arguments, deadline_s=60):
             return job
 
 
-def test_submit_follow_and_result(cluster, tmp_path):
+def steps_in(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_submit_follow_result_and_resume(cluster, tmp_path):
     address, environment = cluster
     folder = tmp_path / "run"
-    job = submit(
-        address,
-        environment,
-        *("rlhf-dist", "train", "configs/quickstart.yaml", f"run.dir={folder}", "run.num_steps=2"),
+    train = (
+        *("rlhf-dist", "train", "configs/quickstart.yaml", f"run.dir={folder}", "run.num_sample_answers=1"),
         *("sft.num_steps=20", "rollout.prompts_per_step=16", "algorithm.num_epochs=1"),
     )
+    job = submit(address, environment, *train, "run.num_steps=2")
     assert job.returncode == 0, job.stdout + job.stderr
     assert "supervised step 20/20" in job.stdout, "the log is followed"
     assert "step    2/2" in job.stdout
     assert "trained policy" in job.stdout
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [
-        0,
-        1,
-    ]
+    assert steps_in(folder) == [0, 1]
     assert (folder / "policy" / "model.safetensors").exists()
+    again = submit(address, environment, *train, "run.num_steps=3", "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "supervised step" not in again.stdout
+    assert steps_in(folder) == [0, 1, 2]
 
 
 def test_without_the_token_nothing_is_submitted(cluster, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 import rlhf_dist
 from rlhf_dist.cli import app
 from rlhf_dist.config import Config, parse_config
+from rlhf_dist.driver.replay import Replay, ReplayedStep
 
 SETTINGS = {
     "run": {"dir": "runs/dry", "num_steps": 3},
@@ -137,6 +139,16 @@ def test_a_run_folder_in_the_way_is_found_before_anything_starts(file):
     assert "already holds a run; pass --resume" in result.stderr
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_trust_region_under_zero_is_refused_before_anything_starts(zero_stage, file):
+    """By the command itself, in whose process nothing may start another one."""
+    arguments = ("train", file, "algorithm={name: trpo}")
+    result = invoke(*arguments, f"learner.zero_stage={zero_stage}")
+    assert result.exit_code == 2
+    assert f"learner.zero_stage={zero_stage}; set learner.zero_stage=0" in result.stderr
+    assert invoke(*arguments, "learner.zero_stage=0", "--dry-run").exit_code == 0
+
+
 def test_with_verbose_the_error_keeps_its_trace(file):
     result = invoke("train", file, "run.num_steps=0", "--dry-run", "--verbose")
     assert type(result.exception).__name__ == "ConfigError"
@@ -178,6 +190,104 @@ def test_a_polite_kill_ends_the_command_in_order(file, monkeypatch):
     assert killed.stderr == "terminated; --resume goes on from the last checkpoint, if there is one\n"
 
 
+# --------------------------------------------------------------------------------------------- replay
+
+
+def test_a_folder_without_a_journal_cannot_be_replayed(file):
+    result = invoke("replay", file.parent)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: {file.parent} has no folder 'journal'; name the folder of a run (run.dir)\n"
+    )
+    assert [path.name for path in file.parent.iterdir()] == ["run.yaml"]
+
+
+@pytest.mark.parametrize(("changed", "code"), [((), 1), (("algorithm.clip_low=0.1",), 0)])
+def test_only_a_difference_that_nothing_explains_is_a_failure(changed, code, file, monkeypatch):
+    step = ReplayedStep(3, 16, 0.5, None, recorded_digest="aa", replayed_digest="ab")
+    monkeypatch.setattr(
+        "rlhf_dist.driver.replay.replay", lambda *_, **__: Replay("step-000003", 3, (step,), changed)
+    )
+    result = invoke("replay", file.parent, "--json")
+    assert result.exit_code == code
+    assert json.loads(result.stdout) == {
+        "checkpoint": "step-000003",
+        "first_step": 3,
+        "steps": [
+            {
+                "step": 3,
+                "num_samples": 16,
+                "reward_mean": 0.5,
+                "policy_loss": None,
+                "recorded_digest": "aa",
+                "replayed_digest": "ab",
+                "same": False,
+            }
+        ],
+        "changed": list(changed),
+        "same": False,
+        "as_expected": bool(changed),
+    }
+
+
+def test_an_interrupted_replay_says_that_nothing_was_changed(file, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_dist.driver.replay.replay", interrupted)
+    result = invoke("replay", file.parent)
+    assert (result.exit_code, result.stderr) == (130, "interrupted; the run's folder is as it was\n")
+
+
+# ---------------------------------------------------------------------------------------------- bench
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--algorithms", "ppo,grpu"), "algorithm 'grpu' is not known; did you mean grpo?"),
+        (("run.dir=elsewhere",), "--out says where the runs go"),
+        (("--tuning", "no-such.yaml"), "tuning file no-such.yaml cannot be read"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_ends_with_the_code_of_the_configuration(arguments, message, file):
+    result = invoke("bench", "algorithms", file, "--out", file.parent / "out", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not (file.parent / "out").exists()
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(file, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf_dist.bench.algorithms.compare_algorithms", interrupted)
+    result = invoke("bench", "algorithms", file, "rollout.samples_per_prompt=2", "--out", file.parent / "out")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; the same command goes on where it stopped\n"
+
+
+@pytest.mark.usefixtures("file")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("queue", "--producers", "2,x"), "--producers=2,x is not a list of whole numbers from 1 on"),
+        (("queue", "--producers", "0"), "--producers=0 is not a list of whole numbers from 1 on"),
+        (
+            ("pipeline", "run.yaml", "--steps", "2"),
+            "--steps=2: the first 2 do not count; do at least one more",
+        ),
+        (("ppo", "no/such/policy", "prompts.jsonl"), "prompts.jsonl: no such file or folder"),
+    ],
+)
+def test_a_bench_checks_its_sizes_before_it_starts(arguments, message):
+    result = invoke("bench", *arguments)
+    assert result.exit_code in (2, 3)
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
 # -------------------------------------------------------------------------------------------- version
 
 
@@ -200,3 +310,13 @@ def test_the_command_line_answers_before_heavy_modules_are_imported(monkeypatch)
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# ------------------------------------------------------------------------------------------ bench
+
+
+@pytest.mark.parametrize("sizes", ["ten", "0", "", "5,"])
+def test_a_list_that_is_none_is_one_message(sizes):
+    result = invoke("bench", "weights", "--sizes-mb", sizes)
+    assert result.exit_code == 2
+    assert f"error: --sizes-mb={sizes} is not a list of whole numbers from 1 on, as in 1,2,4" in result.stderr

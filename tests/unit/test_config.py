@@ -11,7 +11,7 @@ import yaml
 
 import rlhf_dist
 from rlhf_dist.algorithms.base import AlgorithmSettings
-from rlhf_dist.config import Config, load_config, parse_config, to_yaml
+from rlhf_dist.config import ABSENT, Config, differences, load_config, parse_config, to_yaml
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.settings import Section
 
@@ -102,6 +102,26 @@ def test_a_value_of_the_wrong_type_is_an_error_that_prints_it(override, line, fi
 
 
 @pytest.mark.parametrize(
+    ("value", "printed"),
+    [("abc", "'abc'"), ("[1]", "[1]"), ("[1, b]", "[1, 'b']"), ("{low: 1}", "{'low': 1}")],
+)
+def test_a_value_of_none_of_a_keys_types_is_one_error(value, printed, file):
+    lines = problems(f"algorithm.correction.cap={value}", "run.seed=-1", file=file)
+    assert sorted(lines) == [
+        f"algorithm.correction.cap={printed}: input should be float or list[float, float]",
+        "run.seed=-1: input should be greater than or equal to 0",
+    ]
+
+
+def test_each_wrong_entry_of_a_list_is_an_error(file):
+    lines = problems("rollout.sampling.stop=[1, a, 2]", file=file)
+    assert [line.split(":")[0] for line in lines] == [
+        "rollout.sampling.stop.0=1",
+        "rollout.sampling.stop.2=2",
+    ]
+
+
+@pytest.mark.parametrize(
     ("override", "line"),
     [
         ("run.num_steps=0", "run.num_steps=0: input should be greater than or equal to 1"),
@@ -162,8 +182,27 @@ def test_an_unknown_algorithm_names_those_there_are(file):
         ),
         (
             ("rollout.prompts_per_step=4", "rollout.samples_per_prompt=2", "experience.max_samples=7"),
-            "experience.max_samples=7 cannot hold the 8 samples of a step "
-            "(rollout.prompts_per_step x rollout.samples_per_prompt)",
+            "experience.max_samples=7 cannot hold the 8 samples of 1 step(s): experience.max_staleness + 1 "
+            "times rollout.prompts_per_step x rollout.samples_per_prompt",
+        ),
+        (
+            ("algorithm={name: ppo_kl, target_kl: 0.005}",),
+            "algorithm: target_kl=0.005 ends a step before the KL reaches penalty_target=0.01, so the "
+            "penalty would only ever shrink; set target_kl above it",
+        ),
+        (
+            ("algorithm.value_clip=off",),
+            "algorithm: value_clip is a number, not on or off; write one, or null for none",
+        ),
+        (
+            ("experience.lease_timeout_s=100",),
+            "experience.lease_timeout_s=100 is less than a learner step may take, "
+            "cluster.step_timeout_s + cluster.weights_timeout_s = 4500",
+        ),
+        (
+            ("experience.max_staleness=1", "rollout.sampling.temperature_final=0.5"),
+            "rollout.sampling.temperature_final changes the temperature from step to step, and with "
+            "experience.max_staleness=1 steps overlap; drop one of them",
         ),
         (
             ("run.num_steps=5", "algorithm.value_warmup_steps=5"),
@@ -368,6 +407,23 @@ def test_the_yaml_has_every_key_of_every_section(file):
     assert set(tree["rollout"]["sampling"]) >= {"temperature", "temperature_final", "top_p", "max_tokens"}
     assert {"name", "num_epochs", "gamma", "kl"} <= set(tree["algorithm"])
     assert tree["algorithm"]["kl"]["horizon"] == 10_000
+
+
+def test_differences_are_named_as_the_user_writes_them():
+    one = {"run": {"seed": 0, "dir": "a"}, "reward": [1], "sft": {"num_steps": 3}, "same": None}
+    other = {"run": {"seed": 1, "dir": "a"}, "reward": [1, 2], "sft": None, "same": None, "new": 0}
+    assert differences(one, other) == [
+        ("run.seed", 0, 1),
+        ("reward", [1], [1, 2]),
+        ("sft", {"num_steps": 3}, None),
+        ("new", ABSENT, 0),
+    ]
+
+
+def test_sections_in_a_list_differ_by_key_and_values_in_a_list_as_a_whole():
+    one = {"reward": [{"path": "a:b", "weight": 1.0}, {"path": "c:d"}], "stop": ["x"]}
+    other = {"reward": [{"path": "a:b", "weight": 2.0}, {"path": "c:d"}], "stop": ["y"]}
+    assert differences(one, other) == [("reward.0.weight", 1.0, 2.0), ("stop", ["x"], ["y"])]
 
 
 def test_the_configuration_is_immutable(file):

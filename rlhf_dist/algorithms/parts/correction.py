@@ -2,12 +2,16 @@
 
 The gap has two sources: the sampling engine computes other numbers than the learner, and under asynchronous
 training it served older weights. With mu the sampler's policy, pi_old the learner's before the step and pi
-the learner's now, the loss of a token is
+the learner's now, the surrogate of a token is
 
     w clip(pi / pi_old) A,   w = importance weight of pi_old / mu     (old_logprobs: learner)
     clip(pi / mu) A                                                   (old_logprobs: rollout)
 
-The first with `tis` or `seq_tis` is decoupled PPO (Hilton et al. 2021, arXiv:2110.00641, eq. 7) with a cap.
+A KL penalty in the loss and the entropy bonus are added to it, and have no weight.
+
+The first with `tis` or `seq_tis` is decoupled PPO (Hilton et al. 2021, "Batch size-invariance for policy
+optimization", arXiv:2110.00641) with a cap: pi_old is the proximal policy, mu the behaviour policy. The
+sources of the weights: `ops.losses.importance_weights`.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ class CorrectionSettings(Section):
     """Largest weight. For the kinds that drop, [lowest, highest], or c for [1/c, c]."""
     old_logprobs: Literal["learner", "rollout"] = Field(default="learner")
     """Whose log-probabilities are the old ones of the ratio: recomputed by the learner (decoupled PPO,
-    where weights correct for the sampler), or the sampler's, which puts the gap into the ratio."""
+    where weights correct for the sampler), or the sampler's, which puts the gap into the ratio, and into the
+    KL from the old policy that is reported: not for `target_kl` nor `ppo_kl`, which go by that KL."""
 
     @model_validator(mode="after")
     def _cap_fits(self) -> CorrectionSettings:

@@ -56,6 +56,7 @@ class KLPenalty:
     def __init__(self, settings: KLSettings) -> None:
         self._settings = settings
         self._coef_of_step = settings.coef
+        self._measured: tuple[float, int] | None = None
         self._controller: AdaptiveKLController | None = None
         if settings.target is not None:
             self._controller = AdaptiveKLController(settings.coef, settings.target, settings.horizon)
@@ -70,21 +71,31 @@ class KLPenalty:
     ) -> tuple[torch.Tensor, float]:
         """What to take off the rewards, times its coefficient, and the coefficient of this step.
 
-        The controller hears of the step's KL, and so moves the next step's coefficient.
+        The step's KL is measured here, before its updates; see `end_step`.
 
         Args:
             logprobs, ref_logprobs, mask: [B, T].
         Returns:
             ([B, T], 0 at masked positions and wherever the penalty is not a reward; the coefficient)
         """
-        self._coef_of_step = self.coef
+        self._coef_of_step, self._measured = self.coef, None
         if ref_logprobs is None:
             return torch.zeros_like(logprobs), self._coef_of_step
         kl = kl_estimate(logprobs.detach(), ref_logprobs, self._settings.estimator, mask)
-        if self._controller is not None:
-            self._controller.update(float(kl.sum(dim=1).mean()), n_samples=len(kl))
+        if self._controller is not None and len(kl) > 0:
+            self._measured = float(kl.sum(dim=1).mean()), len(kl)
         weight = self._coef_of_step if self._settings.placement == "reward" else 0.0
         return weight * kl, self._coef_of_step
+
+    def end_step(self) -> None:
+        """The controller hears of the KL that the step began with, and so moves the next step's coefficient.
+
+        Only for steps that train the policy. In those that warm the value model up the policy stays where it
+        is, which is mostly the reference: the coefficient would shrink with each of them.
+        """
+        if self._controller is not None and self._measured is not None:
+            self._controller.update(*self._measured)
+        self._measured = None
 
     def loss_of_tokens(
         self, logprobs: torch.Tensor, ref_logprobs: torch.Tensor | None, mask: torch.Tensor

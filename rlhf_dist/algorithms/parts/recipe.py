@@ -27,7 +27,7 @@ class PolicyRecipe:
 
     @property
     def kl_coef(self) -> float:
-        """The coefficient of the next step's KL penalty."""
+        """The coefficient of the next step's KL penalty, once `after_updates` was called."""
         return self._kl.coef
 
     def trains_policy(self, step: int) -> bool:  # noqa: ARG002 - a recipe with warm-up steps reads it
@@ -55,8 +55,8 @@ class PolicyRecipe:
     def value_objective(self, values: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Stats]:
         raise NotImplementedError(f"{self.settings.name} has no value model")
 
-    def after_updates(self, approx_kl: float) -> None:
-        pass
+    def after_updates(self, approx_kl: float) -> None:  # noqa: ARG002 - `ppo_kl` reads it
+        self._kl.end_step()
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl_controller": self._kl.state_dict()}

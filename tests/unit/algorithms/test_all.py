@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_dist.algorithms import algorithm_names, make_algorithm, settings_class
-from rlhf_dist.algorithms.base import MicroBatch, Needs, StepBatch
+from rlhf_dist.algorithms.base import MicroBatch, Needs, StepBatch, TrustRegion
 from rlhf_dist.config import parse_config
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.ops.losses import AGGREGATIONS
@@ -25,6 +26,7 @@ NEEDS = {
     "reinforce": Needs(value_model=False, reference=True),
     "reinforce_pp": Needs(value_model=False, reference=True),
     "rloo": Needs(value_model=False, reference=True),
+    "trpo": Needs(value_model=True, reference=True, trust_region=TrustRegion(0.01, 10, 0.1, 10)),
 }
 GROUPS = {"dr_grpo", "grpo", "gspo", "rloo"}
 every_algorithm = pytest.mark.parametrize("name", algorithm_names())
@@ -55,7 +57,7 @@ def test_its_name_alone_is_a_configuration(name):
 @every_algorithm
 def test_without_a_coefficient_there_is_no_reference(name):
     chosen = config(name=name, kl={"coef": 0}).algorithm
-    assert make_algorithm(chosen).needs == Needs(NEEDS[name].value_model, reference=False)
+    assert make_algorithm(chosen).needs == replace(NEEDS[name], reference=False)
 
 
 @every_algorithm
@@ -92,6 +94,19 @@ def test_groups_need_two_responses_a_prompt(name):
         )
     else:
         assert config(samples_per_prompt=1, name=name).rollout.samples_per_prompt == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(algorithm_names()) - {"reinforce", "trpo", "ppo_kl"}))
+def test_an_early_stop_goes_by_the_policy_before_the_step_not_by_the_samplers(name):
+    with pytest.raises(ConfigError) as caught:
+        config(name=name, target_kl=0.02, correction={"old_logprobs": "rollout"})
+    assert str(caught.value).splitlines()[1].strip() == (
+        "algorithm: target_kl=0.02 stops a step by how far the policy moved in it, and "
+        "correction.old_logprobs=rollout would have it measure the sampler's gap as well; set "
+        "correction.old_logprobs=learner, or target_kl=null"
+    )
+    assert config(name=name, correction={"old_logprobs": "rollout"}).algorithm.target_kl is None
+    assert config(name=name, target_kl=0.02).algorithm.target_kl == 0.02
 
 
 # ------------------------------------------------------------------------------------------ objectives
@@ -251,6 +266,17 @@ def test_the_state_goes_through_a_checkpoint(name):
     (one, metrics), (other, same) = before.estimate(batch), after.estimate(batch)
     assert metrics == same
     torch.testing.assert_close(one.advantages, other.advantages, rtol=0, atol=0)
+
+
+@every_algorithm
+def test_the_coefficient_of_the_kl_moves_when_the_policy_does(name):
+    recipe = make_algorithm(settings_class(name)(kl={"coef": 0.1, "target": 0.5, "horizon": 10}))
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):  # steps that train the value model alone
+        recipe.estimate(a_step(generator))
+        assert recipe.kl_coef == 0.1
+    recipe.after_updates(0.01)
+    assert recipe.kl_coef != 0.1
 
 
 @every_algorithm

@@ -99,6 +99,7 @@ def test_a_loss_penalty_takes_nothing_off_the_rewards():
 def test_the_loss_uses_the_coefficient_that_the_step_began_with():
     penalty = KLPenalty(KLSettings(coef=1.0, placement="loss", estimator="abs", target=0.01, horizon=10))
     _, coef = penalty.begin_step(LEARNER, ROLLOUT, MASK)
+    penalty.end_step()
     assert coef == 1.0
     assert penalty.coef == pytest.approx(1.04)
     assert float(penalty.loss_of_tokens(LEARNER, ROLLOUT, MASK)[1, 0]) == pytest.approx(math.log(1.5))

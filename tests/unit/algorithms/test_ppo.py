@@ -198,14 +198,22 @@ def test_advantages_without_spread_give_a_deviation_that_is_a_number(score, leng
 # ----------------------------------------------------------------------------------------- controller
 
 
-def controlled(**kl):
-    return by_hand(kl={"coef": 0.1, "target": 2.0, "horizon": 100} | kl)
+def controlled(*, value_warmup_steps=0, **kl):
+    kl = {"coef": 0.1, "target": 2.0, "horizon": 100} | kl
+    return by_hand(kl=kl, value_warmup_steps=value_warmup_steps)
+
+
+def run_step(recipe, step=0):
+    """What the learner calls in a step; returns the metrics."""
+    _, metrics = recipe.estimate(step_batch())
+    if recipe.trains_policy(step):
+        recipe.after_updates(0.0)
+    return metrics
 
 
 def test_the_controller_moves_the_coefficient_after_the_step_that_it_measured():
     recipe = controlled()
-    _, first = recipe.estimate(step_batch())
-    _, second = recipe.estimate(step_batch())
+    first, second = run_step(recipe), run_step(recipe)
     # KL a response (-0.5 + 1) / 2 = 0.25, far below 2: x (1 - 0.2 * 2 samples / 100)
     assert first["kl_coef"] == 0.1
     assert second["kl_coef"] == pytest.approx(0.1 * 0.996, rel=1e-12)
@@ -214,19 +222,34 @@ def test_the_controller_moves_the_coefficient_after_the_step_that_it_measured():
 
 def test_a_kl_near_its_target_moves_the_coefficient_in_proportion():
     recipe = controlled(target=0.2272727)  # 0.25 is a tenth above
-    recipe.estimate(step_batch())
+    run_step(recipe)
     assert recipe.kl_coef == pytest.approx(0.1 * (1 + 0.1 * 2 / 100), rel=1e-6)
 
 
 def test_a_kl_far_above_its_target_raises_the_coefficient():
     recipe = controlled(target=0.01)
-    recipe.estimate(step_batch())
+    run_step(recipe)
     assert recipe.kl_coef == pytest.approx(0.1 * 1.004, rel=1e-12)
+
+
+def test_steps_of_the_value_model_alone_leave_the_coefficient_where_it_is():
+    recipe = controlled(value_warmup_steps=2)
+    coefs = [run_step(recipe, step)["kl_coef"] for step in range(4)]
+    assert coefs == pytest.approx([0.1, 0.1, 0.1, 0.1 * 0.996], rel=1e-12)
+    assert coefs[:3] == [0.1] * 3
+
+
+def test_the_controller_hears_of_a_step_once():
+    recipe = controlled()
+    run_step(recipe)
+    coef = recipe.kl_coef
+    recipe.after_updates(0.0)
+    assert recipe.kl_coef == coef
 
 
 def test_the_state_of_the_controller_goes_through_a_checkpoint():
     before = controlled()
-    before.estimate(step_batch())
+    run_step(before)
     after = controlled()
     assert after.kl_coef != before.kl_coef
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
@@ -237,7 +260,7 @@ def test_the_state_of_the_controller_goes_through_a_checkpoint():
 
 def test_a_fixed_coefficient_stays_and_has_no_state():
     recipe = by_hand()
-    recipe.estimate(step_batch())
+    run_step(recipe)
     assert recipe.kl_coef == 0.1
     assert recipe.state_dict() == {"kl_controller": None}
     recipe.load_state_dict({"kl_controller": {"coef": 7.0}})

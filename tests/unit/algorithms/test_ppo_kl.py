@@ -26,6 +26,16 @@ def test_the_loss_of_one_token_is_the_ratio_and_a_penalty_without_a_clip(
     assert not any("clip" in name for name in stats)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 2.0])
+def test_a_weight_multiplies_the_penalty_as_it_does_the_ratio(weight, recipe, micro_batch):
+    micro = micro_batch(mask=ONE, advantages=torch.full((1, 1), 3.0), weights=torch.full((1, 1), weight))
+    logprobs = torch.full((1, 1), math.log(1.5), requires_grad=True)
+    loss, _ = recipe("ppo_kl", penalty_coef=2.0).surrogate(logprobs, micro)
+    loss.backward()
+    assert loss.item() == pytest.approx(weight * (-1.5 * 3.0 + 2.0 * (0.5 - math.log(1.5))), rel=1e-5)
+    assert float(logprobs.grad) == pytest.approx(weight * (-1.5 * 3.0 + 2.0 * 0.5), rel=1e-5)
+
+
 def test_the_penalty_has_the_gradient_of_the_divergence(recipe, micro_batch):
     """d/d log pi of r - 1 - log r is r - 1."""
     logprobs = torch.full((1, 1), math.log(1.5), requires_grad=True)
@@ -68,3 +78,11 @@ def test_a_step_of_one_update_cannot_measure_its_divergence(recipe):
     with pytest.raises(ValidationError, match=r"num_epochs x num_minibatches must be at least 2"):
         recipe("ppo_kl", num_epochs=1)
     assert recipe("ppo_kl", num_epochs=1, num_minibatches=2).settings.num_minibatches == 2
+
+
+def test_the_divergence_that_steers_beta_is_not_the_samplers_gap(recipe):
+    with pytest.raises(
+        ValidationError,
+        match=r"name=ppo_kl steers .* penalty_target=0\.01.* set correction\.old_logprobs=learner",
+    ):
+        recipe("ppo_kl", correction={"old_logprobs": "rollout"})

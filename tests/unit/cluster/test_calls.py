@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import pickle
+import signal
 
 import pytest
-from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    RaySystemError,
+    RayTaskError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
 
 from rlhf_dist import errors
 from rlhf_dist.cluster.calls import explain
-from rlhf_dist.errors import RewardError, RunError, WeightsError, WorkerError
+from rlhf_dist.errors import (
+    DataLostError,
+    RewardError,
+    RunError,
+    WeightsError,
+    WorkerError,
+    WorkerLostError,
+)
 
 WORKER, ACTION = "scoring worker 1", "score 8 samples"
 
@@ -48,7 +64,7 @@ def test_any_other_error_names_worker_call_and_cause():
 
 def test_a_worker_that_died_is_said_to_have_died():
     explained = explain(ActorDiedError(), WORKER, ACTION)
-    assert type(explained) is WorkerError
+    assert type(explained) is WorkerLostError
     assert str(explained).startswith(
         "scoring worker 1 died while it was to score 8 samples: "
         "The actor died unexpectedly before finishing this task. It was killed"
@@ -67,12 +83,24 @@ def test_a_death_behind_another_worker_is_the_same_death():
     assert str(explained).startswith("scoring worker 1 died while it was to score 8 samples: The actor died")
 
 
-def test_a_failure_of_ray_itself_has_its_name():
+def test_data_that_went_with_a_node_is_no_fault_of_the_worker():
     explained = explain(ObjectLostError("00ff", None, ""), WORKER, ACTION)
-    assert type(explained) is WorkerError
+    assert type(explained) is DataLostError
     assert str(explained).startswith(
-        "scoring worker 1 failed to score 8 samples: ObjectLostError: Failed to retrieve object 00ff"
+        "scoring worker 1 could not score 8 samples, since what it was to read is gone with another process "
+        "or node: Failed to retrieve object 00ff"
     )
+
+
+@pytest.mark.parametrize("lost", [WorkerCrashedError(), TaskUnschedulableError("its node is gone")])
+def test_so_is_data_that_a_lost_task_was_to_make(lost):
+    assert type(explain(task_error(lost), WORKER, ACTION)) is DataLostError
+
+
+def test_a_failure_of_ray_itself_has_its_name():
+    explained = explain(RaySystemError("the store is gone"), WORKER, ACTION)
+    assert type(explained) is WorkerError
+    assert str(explained).startswith("scoring worker 1 failed to score 8 samples: RaySystemError: ")
 
 
 @pytest.mark.parametrize(
@@ -88,8 +116,9 @@ def test_errors_for_people_cross_processes_whole(kind):
 
 def test_exit_codes_tell_the_kinds_of_errors_apart():
     kinds = [each for each in vars(errors).values() if isinstance(each, type) and issubclass(each, RunError)]
-    codes = {kind.__name__: kind.exit_code for kind in kinds}
+    codes = {kind.__name__: kind.exit_code for kind in kinds if kind.__base__ in (RunError, Exception)}
     assert len(set(codes.values())) == len(codes)
+    assert codes.pop("TerminatedError") == 128 + signal.SIGTERM
     assert codes["RunError"] == 1
     assert codes["ConfigError"] == 2
     assert all(0 < code < 126 for code in codes.values())

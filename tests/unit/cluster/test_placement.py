@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -105,6 +107,22 @@ def test_a_worker_on_cpu_sees_no_gpu_and_one_on_gpu_keeps_what_ray_gives_it():
     only_on_cpu = {"CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "VLLM_CPU_OMP_THREADS_BIND"}
     assert only_on_cpu <= set(ON_CPU.environment)
     assert not only_on_cpu & set(ON_GPU.environment)
+
+
+def test_a_rollout_worker_on_cpu_keeps_the_memory_that_it_frees():
+    script = (
+        "import resource, numpy\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    numpy.ones(80_000_000, numpy.uint8)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(), faults(), print(faults())"
+    )
+    environment = os.environ | ON_CPU.environment
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=True)
+    assert int(run.stdout) < 10, "80 MB are the same pages again"
+    assert "MALLOC_MMAP_MAX_" not in ON_GPU.environment
+    assert "MALLOC_MMAP_MAX_" not in dataclasses.replace(ON_CPU, role="learner").environment
 
 
 def test_workers_find_modules_where_the_run_was_started(monkeypatch, tmp_path):

@@ -32,7 +32,7 @@ def samples_of(ranks: RankBatches) -> list[int]:
 
 def plan(lengths: list[int], **changes: int) -> Plan:
     arguments = {"num_ranks": 2, "num_epochs": 2, "num_minibatches": 1, "max_tokens_per_micro_batch": 100}
-    return learner_plan(lengths, **{**arguments, "seed": 0, **changes})
+    return learner_plan(lengths, **{**arguments, "packed": True, "seed": 0, **changes})
 
 
 def test_balance_gives_the_longest_first_to_the_emptiest_part() -> None:
@@ -60,29 +60,48 @@ def test_balance_covers_each_index_once_within_the_bound_of_greedy(lengths: list
     assert max(totals) - min(totals) <= max(lengths)
 
 
-def test_micro_batches_group_neighbours_in_length() -> None:
-    assert micro_batches([10, 50, 12, 48, 11], 100) == [[1, 3], [2, 4, 0]]
+def test_padded_micro_batches_group_neighbours_in_length() -> None:
+    assert micro_batches([10, 50, 12, 48, 11, 12], 100, packed=False) == [[1, 3], [2, 5, 4], [0]]
 
 
-def test_a_sample_over_the_limit_stands_alone() -> None:
-    assert micro_batches([10, 500, 10], 100) == [[1], [0, 2]]
+def test_packed_micro_batches_fill_up_with_what_fits() -> None:
+    assert micro_batches([10, 50, 12, 48, 38, 39], 100, packed=True) == [[1, 3], [5, 4, 2, 0]]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sample_over_the_limit_stands_alone(packed: bool) -> None:
+    assert micro_batches([10, 500, 10], 100, packed=packed) == [[1], [0, 2]]
 
 
 def test_micro_batches_of_nothing() -> None:
-    assert micro_batches([], 100) == []
+    assert micro_batches([], 100, packed=True) == micro_batches([], 100, packed=False) == []
 
 
 def test_micro_batches_need_a_token() -> None:
     with pytest.raises(ValueError, match="max_tokens=0"):
-        micro_batches([1], 0)
+        micro_batches([1], 0, packed=True)
 
 
 @given(LENGTHS, st.integers(1, 500))
-def test_micro_batches_keep_the_limit_and_every_sample(lengths: list[int], max_tokens: int) -> None:
-    batches = micro_batches(lengths, max_tokens)
+def test_padded_micro_batches_keep_the_limits_and_every_sample(lengths: list[int], max_tokens: int) -> None:
+    batches = micro_batches(lengths, max_tokens, packed=False)
     assert sorted(flat(batches)) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= max_tokens
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) == 1 or len(batch) * longest <= max_tokens
+        assert padding_share(lengths, [batch]) <= 0.05 + 1e-9
+
+
+@given(LENGTHS, st.integers(1, 500))
+def test_packed_micro_batches_keep_the_limit_and_every_sample(lengths: list[int], max_tokens: int) -> None:
+    batches = micro_batches(lengths, max_tokens, packed=True)
+    assert sorted(flat(batches)) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or sum(lengths[index] for index in batch) <= max_tokens
+        assert batch == sorted(batch, key=lambda index: (-lengths[index], index))
+    fewest = -(-sum(lengths) // max_tokens)
+    if max(lengths) <= max_tokens:
+        assert len(batches) <= 2 * fewest  # of two groups, never are both at most half full
 
 
 def test_split_to_count_halves_the_largest_and_then_adds_empty_ones() -> None:
@@ -98,7 +117,7 @@ def test_split_to_count_does_not_merge() -> None:
 
 @given(LENGTHS, st.integers(0, 60))
 def test_split_to_count_keeps_samples_and_never_pads_more(lengths: list[int], extra: int) -> None:
-    batches = micro_batches(lengths, 400)
+    batches = micro_batches(lengths, 400, packed=False)
     result = split_to_count(batches, len(batches) + extra)
     assert len(result) == len(batches) + extra
     assert Counter(flat(result)) == Counter(flat(batches))
@@ -115,8 +134,8 @@ def test_padding_share() -> None:
 
 def test_plan_for_one_rank_and_one_minibatch() -> None:
     result = plan([30, 60, 50, 20], num_ranks=1, num_epochs=1)
-    assert result.forward == [[[1], [2, 0], [3]]]
-    assert result.epochs == [[[[[1], [2, 0], [3]]]]]
+    assert result.forward == [[[1, 0], [2, 3]]]
+    assert result.epochs == [[[[[1, 0], [2, 3]]]]]
 
 
 @given(
@@ -130,13 +149,14 @@ def test_plan_for_one_rank_and_one_minibatch() -> None:
 def test_plan_covers_each_sample_once_an_epoch_with_equal_counts(
     lengths: list[int], num_ranks: int, num_epochs: int, max_tokens: int, seed: int, data: st.DataObject
 ) -> None:
-    num_minibatches = data.draw(st.integers(1, len(lengths)))
+    num_minibatches, packed = data.draw(st.integers(1, len(lengths))), data.draw(st.booleans())
     result = learner_plan(
         lengths,
         num_ranks=num_ranks,
         num_epochs=num_epochs,
         num_minibatches=num_minibatches,
         max_tokens_per_micro_batch=max_tokens,
+        packed=packed,
         seed=seed,
     )
     everything = list(range(len(lengths)))
@@ -151,7 +171,11 @@ def test_plan_covers_each_sample_once_an_epoch_with_equal_counts(
         assert len(ranks) == num_ranks
         assert len({len(batches) for batches in ranks}) == 1
         for batch in flat(ranks):
-            assert len(batch) <= 1 or len(batch) * max(lengths[sample] for sample in batch) <= max_tokens
+            longest = max((lengths[sample] for sample in batch), default=0)
+            cost = sum(lengths[sample] for sample in batch) if packed else len(batch) * longest
+            assert len(batch) <= 1 or cost <= max_tokens
+    share = result.padding_share(lengths, packed=packed)
+    assert share == 0 if packed else share <= 0.05 + 1e-9
 
 
 @given(LENGTHS, st.integers(2, 7), st.integers(0, 99))
@@ -167,7 +191,7 @@ def test_minibatches_are_the_same_for_any_number_of_ranks(
 
 @given(LENGTHS, st.integers(1, 5))
 def test_a_single_minibatch_is_laid_out_as_the_forward_pass(lengths: list[int], num_ranks: int) -> None:
-    """Then old and new log-probabilities come from the same padded batches, and first ratios are 1."""
+    """Then old and new log-probabilities come from the same batches, and first ratios are 1."""
     result = plan(lengths, num_ranks=num_ranks)
     assert result.epochs == [[result.forward], [result.forward]]
 
@@ -182,7 +206,7 @@ def test_epochs_and_seeds_shuffle_differently_and_repeatably() -> None:
 
 def test_a_seed_may_be_of_several_numbers() -> None:
     arguments = {"num_ranks": 1, "num_epochs": 1, "num_minibatches": 4, "max_tokens_per_micro_batch": 64}
-    steps = [learner_plan(range(1, 33), **arguments, seed=(7, step)) for step in range(2)]
+    steps = [learner_plan(range(1, 33), **arguments, packed=True, seed=(7, step)) for step in range(2)]
     assert steps[0].epochs != steps[1].epochs
     assert steps[0].forward == steps[1].forward
 

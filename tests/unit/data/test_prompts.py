@@ -10,12 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_dist.data.prompts import PROMPT_SCHEMA, PromptOrder, load_prompts
+from rlhf_dist.data.prompts import PROMPT_SCHEMA, Fingerprint, PromptOrder, PromptSet, load_prompts
 from rlhf_dist.data.settings import DataSettings
 from rlhf_dist.data.shuffle import permutation
 from rlhf_dist.errors import DataError
@@ -35,6 +36,47 @@ def test_table(write_jsonl: Write, plain_tokenizer: PreTrainedTokenizerFast) -> 
     ]
     assert json.loads(rows[0]["columns"]) == {"prompt": "ab", "answer": 3}
     assert (len(prompts), prompts.num_skipped) == (2, 0)
+
+
+def test_the_fingerprint_is_that_of_lengths_and_tokens() -> None:
+    tokens = pa.chunked_array([[[1, 2], [3]], [[4]]], type=pa.list_(pa.int32()))
+    fingerprint = PromptSet(pa.table({"prompt_tokens": tokens}), num_skipped=0).fingerprint()
+    numbers = [2, 1, 1, *(1, 2, 3, 4)]
+    content = b"".join(number.to_bytes(4, "little") for number in numbers)
+    assert fingerprint == (3, xxhash.xxh3_128_hexdigest(content))
+
+
+def test_other_prompts_have_another_fingerprint(
+    write_jsonl: Write, plain_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def fingerprint(*texts: str) -> Fingerprint:
+        source = write_jsonl(*({"prompt": text} for text in texts))
+        settings = DataSettings(prompts=source)
+        return load_prompts(settings, plain_tokenizer, max_prompt_tokens=9).fingerprint()
+
+    assert fingerprint("ab", "c") == fingerprint("ab", "c")
+    assert fingerprint("ab", "c").num_prompts == 2
+    others = [fingerprint(*texts) for texts in [("c", "ab"), ("ab", "c", "d"), ("ab", "d"), ("ab",)]]
+    assert len({fingerprint("ab", "c"), *others}) == 5
+
+
+def test_a_row_may_limit_its_response(write_jsonl: Write, plain_tokenizer: PreTrainedTokenizerFast) -> None:
+    source = write_jsonl({"prompt": "a", "length": 3}, {"prompt": "b", "length": 8})
+    settings = DataSettings(prompts=source, max_response_tokens_column="length")
+    table = load_prompts(settings, plain_tokenizer, max_prompt_tokens=9).table
+    assert table["max_response_tokens"].to_pylist() == [3, 8]
+    table = load_prompts(DataSettings(prompts=source), plain_tokenizer, max_prompt_tokens=9).table
+    assert table["max_response_tokens"].to_pylist() == [None, None]
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "3", True, None])
+def test_a_limit_that_is_no_length_names_line_and_column(
+    limit: object, write_jsonl: Write, plain_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = write_jsonl({"prompt": "a", "length": 3}, {"prompt": "b", "length": limit})
+    settings = DataSettings(prompts=source, max_response_tokens_column="length")
+    with pytest.raises(DataError, match=r"prompts\.jsonl line 2, column 'length': .* whole number from 1 on"):
+        load_prompts(settings, plain_tokenizer, max_prompt_tokens=9)
 
 
 def test_columns_that_json_does_not_know(tmp_path: Path, plain_tokenizer: PreTrainedTokenizerFast) -> None:

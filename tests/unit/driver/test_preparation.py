@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from rlhf_dist.config import parse_config
-from rlhf_dist.driver.preparation import Models, check_inputs, prepare, role_models, shares
-from rlhf_dist.driver.run import _sample_rows
-from rlhf_dist.errors import ConfigError, ModelError
+from rlhf_dist.driver.preparation import Models, check_inputs, initial_policy, prepare, role_models, shares
+from rlhf_dist.driver.run import _num_sample_answers, _sample_rows
+from rlhf_dist.driver.run_folder import RunFolder, write_json
+from rlhf_dist.errors import ConfigError, ModelError, StorageError
 from rlhf_dist.tasks.tiny_models import save_tiny_causal_lm, save_tiny_reward_model
 
 FUNCTION = {"kind": "function", "path": "rlhf_dist.tasks.support_desk:reward"}
@@ -73,6 +74,17 @@ def test_inputs_that_are_there_are_accepted():
     check_inputs(config())
 
 
+def test_adapters_for_layers_that_the_policy_has_not_are_found_before_anything_starts(models):
+    policy = str(models / "policy")
+    message = f"^learner.lora.target_modules: 'queries' names no linear layer of policy model '{policy}'"
+    lora = {"lora": {"target_modules": ["v_proj", "queries"]}}
+    with pytest.raises(ModelError, match=message):
+        check_inputs(config(policy={"model": policy}, learner=lora))
+    with pytest.raises(ModelError, match=message):
+        prepare(config(learner=lora), policy)
+    check_inputs(config(policy={"model": policy}, learner={"lora": {"target_modules": ["v_proj"]}}))
+
+
 def test_a_reward_function_that_is_not_there_is_found_before_anything_starts():
     with pytest.raises(ConfigError, match="has no function 'rewrad'"):
         check_inputs(config(reward=[FUNCTION | {"path": "rlhf_dist.tasks.support_desk:rewrad"}]))
@@ -97,6 +109,31 @@ def test_a_checkpoint_folder_that_is_not_there_is_named_with_its_role(section, v
 def test_a_folder_without_a_configuration_is_no_checkpoint(tmp_path):
     with pytest.raises(ModelError, match=r"has no config\.json; it is not a checkpoint folder"):
         check_inputs(config(policy={"model": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_trust_region_needs_parameters_that_are_whole(zero_stage):
+    chosen = config(algorithm={"name": "trpo"}, learner={"zero_stage": zero_stage})
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(chosen)
+    assert str(caught.value) == (
+        "algorithm.name=trpo steps on parameters that are whole on every rank, not on those of "
+        f"learner.zero_stage={zero_stage}; set learner.zero_stage=0"
+    )
+
+
+@pytest.mark.parametrize("learner", [{"dtype": "bfloat16"}, {"gpus_per_worker": 1}])
+def test_a_trust_region_needs_parameters_in_float32(learner):
+    chosen = config(algorithm={"name": "trpo"}, learner={"zero_stage": 0} | learner)
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(chosen)
+    assert str(caught.value) == (
+        "algorithm.name=trpo steps on float32 parameters, and the learner's are bfloat16; "
+        "set learner.dtype=float32"
+    )
+    check_inputs(
+        config(algorithm={"name": "trpo"}, learner={"zero_stage": 0} | learner | {"dtype": "float32"})
+    )
 
 
 # ------------------------------------------------------------------------------------- shares and rows
@@ -124,3 +161,18 @@ def test_shares_are_by_role():
 )
 def test_sample_prompts_are_spread_evenly_over_the_data_set(num_rows, count, rows):
     assert _sample_rows(num_rows, count) == rows
+
+
+def test_a_resumed_run_answers_the_prompts_that_were_answered_before_training(tmp_path):
+    folder = RunFolder(tmp_path)
+    rows = _sample_rows(100, 3)
+    write_json(folder.answers, {"prompts": [f"prompt {row}" for row in rows], "before": ["a", "b", "c"]})
+    changed = config(run={"dir": "runs/x", "num_sample_answers": 5})
+    assert _sample_rows(100, _num_sample_answers(changed, folder, first_step=2)) == rows
+    assert _num_sample_answers(changed, folder, first_step=0) == 5, "they are answered anew"
+
+
+def test_a_model_that_cannot_be_written_is_one_message(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/policy cannot be written \(.+\); make room there"):
+        initial_policy(config(), tmp_path / "file" / "policy")

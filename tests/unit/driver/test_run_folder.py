@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_dist.driver.run_folder import RunFolder, write_atomically, write_json
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.driver.run_folder import RunFolder, trial_folder, write_atomically, write_json
+from rlhf_dist.errors import ConfigError, StorageError
 
 HOLD_THE_LOCK = """
 import sys
@@ -36,11 +37,19 @@ def finished(folder):
             folder.initial_policy,
             folder.sft_policy,
             folder.policy,
+            folder.policy_adapter,
             folder.checkpoints / "step-000020",
+            folder.journal,
         ):
             path.mkdir(parents=True)
             (path / "file").write_text("old")
-        for path in (folder.metrics, folder.answers, folder.config, folder.root / "my-notes.txt"):
+        for path in (
+            folder.metrics,
+            folder.answers,
+            folder.config,
+            folder.prompts,
+            folder.root / "my-notes.txt",
+        ):
             path.write_text("old")
     return folder
 
@@ -50,8 +59,8 @@ def names(folder):
 
 
 EVERYTHING = {
-    *("initial-policy", "sft-policy", "policy", "checkpoints"),
-    *("metrics.jsonl", "answers.json", "config.yaml", "my-notes.txt"),
+    *("initial-policy", "sft-policy", "policy", "policy-adapter", "checkpoints", "journal"),
+    *("metrics.jsonl", "answers.json", "config.yaml", "prompts.json", "my-notes.txt"),
 }
 
 
@@ -126,6 +135,14 @@ def test_an_empty_metrics_file_is_no_run_yet(folder):
     assert not folder.holds_run()
 
 
+def test_what_was_generated_before_the_first_step_can_be_resumed(folder):
+    folder.journal.mkdir(parents=True)
+    assert not folder.can_be_resumed()
+    (folder.journal / "steps.jsonl").touch()
+    assert folder.can_be_resumed()
+    assert not folder.holds_run()
+
+
 def test_what_a_run_left_before_its_first_step_is_cleared_away(folder):
     with folder.owned("refuse"):
         (folder.initial_policy / "half").mkdir(parents=True)
@@ -170,6 +187,47 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_reason(place, tmp_path):
         pass
 
 
+def failing(number):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("where", ["pathlib.Path.mkdir", "pathlib.Path.touch"])
+def test_a_full_disk_is_not_a_wrong_folder(where, folder, monkeypatch):
+    monkeypatch.setattr(where, failing(errno.ENOSPC))
+    if where.endswith("touch"):
+        folder.root.mkdir(parents=True)
+    with pytest.raises(StorageError) as caught, folder.owned("refuse"):
+        pass
+    path = folder.marker if where.endswith("touch") else folder.root
+    assert str(caught.value) == (
+        f"{path} cannot be written (No space left on device); make room there, or let the run write there, "
+        "then start it again"
+    )
+
+
+def test_a_file_system_without_locks_is_named(folder, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", failing(errno.ENOLCK))
+    with pytest.raises(ConfigError) as caught, folder.owned("refuse"):
+        pass
+    assert str(caught.value) == (
+        f"run folder {folder.root} cannot be locked (No locks available); set run.dir to a folder on a file "
+        "system that has locks (flock)"
+    )
+
+
+def test_a_trial_folder_is_there_for_the_block(tmp_path, monkeypatch):
+    with trial_folder(tmp_path) as trial:
+        (trial / "file").touch()
+        assert trial.parent == tmp_path
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("os.mkdir", failing(errno.ENOSPC))
+    with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\); make room"):
+        trial_folder(tmp_path).__enter__()
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_named_with_the_reason(tmp_path):
     tmp_path.chmod(0o500)
@@ -183,7 +241,7 @@ def test_a_folder_without_permission_is_named_with_the_reason(tmp_path):
 def test_every_path_lies_in_the_folder_under_its_own_name(folder):
     properties = [name for name, value in vars(RunFolder).items() if isinstance(value, property)]
     paths = [getattr(folder, name) for name in properties]
-    assert len(set(paths)) == len(paths) == 8
+    assert len(set(paths)) == len(paths) == 12
     assert all(path.parent == folder.root for path in paths)
 
 
@@ -205,12 +263,13 @@ def test_a_write_that_fails_leaves_the_old_text(where, tmp_path, monkeypatch):
     write_atomically(path, "old")
 
     def fail(*_):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(where, fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(StorageError, match=r"config\.yaml cannot be written \(No space left on device\)"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_text_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from rlhf_dist.experience.schema import rollout_batch, scored_batch
-from rlhf_dist.types import Completion, GenerationRequest
+from rlhf_dist.types import Completion, GenerationRequest, VersionSpan
 
 NUM_PROMPTS = 20
 
@@ -23,7 +23,7 @@ def _prompts():
     )
 
 
-def _completion(ordinal, sample=0, *, prompt_length=2, length=3, finish_reason="stop", version=0):
+def _completion(ordinal, sample=0, *, prompt_length=2, length=3, finish_reason="stop", version=0, attempt=0):
     base = 1000 * ordinal + 100 * sample
     request = GenerationRequest(
         ordinal=ordinal,
@@ -31,14 +31,17 @@ def _completion(ordinal, sample=0, *, prompt_length=2, length=3, finish_reason="
         row=ordinal % NUM_PROMPTS,
         seed=base + 7,
         prompt_tokens=[base + 50 + place for place in range(prompt_length)],
+        submitted_at_us=1_000_000 * ordinal,
+        attempt=attempt,
     )
     return Completion(
         request=request,
         text=f"response {ordinal}.{sample}",
         tokens=[base + place for place in range(length)],
         logprobs=[-(base + place) / 4096 for place in range(length)],
-        policy_versions=[version] * length,
+        version_spans=(VersionSpan(version, 0, length),),
         finish_reason=finish_reason,
+        finished_at_us=1_000_000 * ordinal + 250_000,
     )
 
 
@@ -54,6 +57,8 @@ def _scored(completions, *, reference=True):
         ref_logprobs=[np.array(completion.logprobs, np.float32) / 2 for completion in completions]
         if reference
         else None,
+        scorer="scoring worker 1",
+        scored_at_us=1_700_000_000_000_000,
     )
 
 

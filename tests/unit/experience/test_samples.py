@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_dist.errors import RunError
-from rlhf_dist.experience.samples import Samples, SequenceBatch, _ragged
+from rlhf_dist.experience.samples import Samples
 from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA
+from rlhf_dist.types import VersionSpan
 
 PER_TOKEN = ("response_mask", "rollout_logprobs", "policy_versions", "ref_logprobs")
 ARRAYS = (
@@ -63,6 +65,14 @@ def test_the_arrays_are_in_the_order_of_ordinal_and_sample(three):
         "help": [1.0, 1.0, 2.0],
         "tone": [0.0, 1.0, 0.0],
     }
+
+
+def test_each_token_has_the_version_of_its_span(completion, scored):
+    spans = (VersionSpan(2, 0, 2), VersionSpan(3, 2, 5))
+    mixed = replace(completion(1, length=5), version_spans=spans)
+    batch = scored([completion(9), completion(0, length=1, version=7), completion(2, length=0), mixed])
+    samples = Samples.from_batches([batch.slice(1)])
+    assert samples.policy_versions.tolist() == [7, 2, 2, 3, 3, 3]
 
 
 def test_the_arrays_have_the_documented_types(three):
@@ -125,12 +135,14 @@ def test_a_slice_of_a_batch_reads_its_own_rows(start, length, completion, scored
     assert sliced.ordinals.tolist() == list(range(start, start + length))
 
 
-def test_a_slice_of_a_list_column_has_offsets_from_zero():
-    lists = pa.array([[1, 2], [3], [], [4, 5, 6], [7]], pa.list_(pa.int32()))
-    values, offsets = _ragged(pa.chunked_array([lists.slice(1, 3)]))
-    assert values.tolist() == [3, 4, 5, 6]
-    assert offsets.tolist() == [0, 1, 1, 4]
-    assert values.flags.writeable
+def test_the_arrays_are_the_samples_own(completion, scored):
+    """Neighbours before and after are copied together, others one by one; a batch stays as it is."""
+    completions = [completion(i, length=i + 1) for i in (3, 4, 1, 2)]
+    batch = scored(completions)
+    samples = Samples.from_batches([batch])
+    for name in ("prompt_tokens", "response_tokens", *PER_TOKEN):
+        getattr(samples, name)[:] = 0
+    assert batch.equals(scored(completions))
 
 
 def test_slices_together_are_the_whole(completion, scored):
@@ -198,39 +210,11 @@ def test_scattering_pieces_of_the_padded_array_gives_the_flat_one_back(data, com
     assert torch.equal(restored, flat)
 
 
-def test_sequences_are_prompt_and_response_padded_on_the_right(three):
-    batch = three.sequences([2, 0, 1])
-    assert batch.input_ids.tolist() == [
+def test_sequences_are_the_chosen_samples_in_the_order_asked_for(three):
+    assert three.sequences([2, 1], packed=True).tokens.tolist() == [
+        [2050, 2051, 2052, 2000, 2001, 1150, 1151]
+    ]
+    assert three.sequences([2, 1], packed=False).tokens.tolist() == [
         [2050, 2051, 2052, 2000, 2001],
-        [1050, 1051, 1000, 1001, 1002],
         [1150, 1151, 0, 0, 0],
     ]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert batch.response_start.tolist() == [3, 2, 2]
-    assert batch.response_length.tolist() == [2, 3, 0]
-    assert {tensor.dtype for tensor in batch.model_inputs()} == {torch.int64}
-
-
-def test_sequences_are_no_wider_than_the_longest_of_them(three):
-    assert three.sequences([1]).input_ids.tolist() == [[1150, 1151]]
-
-
-def test_no_samples_are_one_row_that_a_model_can_run_and_that_counts_for_nothing(three):
-    batch = three.sequences([])
-    assert batch.input_ids.shape == batch.attention_mask.shape == (1, 2)
-    assert batch.attention_mask.tolist() == [[1, 1]]
-    assert batch.response_start.tolist() == [1]
-    assert batch.response_length.tolist() == [0]
-    assert {tensor.dtype for tensor in batch.model_inputs()} == {torch.int64}
-
-
-def test_model_inputs_are_the_fields_in_the_order_of_the_forward_pass(three):
-    batch = three.sequences([0])
-    inputs = batch.to(torch.device("cpu")).model_inputs()
-    fields = (batch.input_ids, batch.attention_mask, batch.response_start, batch.response_length)
-    assert all(torch.equal(one, other) for one, other in zip(inputs, fields, strict=True))
-
-
-def test_prompts_and_responses_must_be_of_one_number():
-    with pytest.raises(ValueError, match="zip"):
-        SequenceBatch.build([np.array([1])], [])

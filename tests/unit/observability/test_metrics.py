@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rlhf_dist.errors import RunError, StorageError
 from rlhf_dist.observability.metrics import MetricsLog, read_metrics
 
 
@@ -63,7 +66,10 @@ def test_kept_steps_are_the_same_to_the_last_digit(path):
     assert read_metrics(path)[0]["x"] == 0.1 + 0.2
 
 
-@pytest.mark.parametrize("torn", ['{"step": 2, "rew', '{"step": 2, "reward_mean": 0.5}', " "])
+@pytest.mark.parametrize(
+    "torn",
+    ['{"step": 2, "rew', '{"step": 2, "reward_mean": 0.5}', " ", "\0\0\0", "\0\0\0\n", '{"step": 2, "rew\n'],
+)
 def test_a_torn_last_line_is_left_out(torn, path):
     filled(path, 2)
     with path.open("a") as file:
@@ -71,12 +77,37 @@ def test_a_torn_last_line_is_left_out(torn, path):
     assert [row["step"] for row in read_metrics(path)] == [0, 1]
 
 
-def test_after_a_torn_line_the_log_goes_on_with_whole_ones(path):
+@pytest.mark.parametrize("torn", ['{"step": 2, "rew', '{"step": 2, "rew\n', "\0\0\n"])
+def test_after_a_torn_line_the_log_goes_on_with_whole_ones(torn, path):
     filled(path, 2)
     with path.open("a") as file:
-        file.write('{"step": 2, "rew')
+        file.write(torn)
     MetricsLog(path, first_step=2).append({"step": 2, "reward_mean": 1.0})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
+
+
+def test_a_broken_line_before_the_last_is_one_message(path):
+    path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl line 2 is broken"):
+        MetricsLog(path, first_step=3)
+
+
+def test_a_separator_in_a_text_ends_no_line(path):
+    path.write_text('{"step": 0, "note": "one\u2028two"}\n', encoding="utf-8")
+    assert read_metrics(path) == [{"step": 0, "note": "one\u2028two"}]
+
+
+def test_the_name_of_the_new_log_is_on_disk_before_a_step_is(path, monkeypatch):
+    events = []
+    fsync = os.fsync
+
+    def record_sync(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    filled(path, 1)
+    assert events == ["metrics.tmp", path.parent.name, "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, np.float64("nan")])
@@ -94,7 +125,16 @@ def test_opening_leaves_one_file(path):
 
 def test_the_old_log_is_there_until_the_new_one_is_whole(path, monkeypatch):
     filled(path, 3)
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(StorageError, match="disk full"):
         MetricsLog(path, first_step=1)
     assert [row["step"] for row in read_metrics(path)] == [0, 1, 2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_one_clear_message(path):
+    log = filled(path, 1)
+    path.unlink()
+    path.symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"metrics\.jsonl cannot be written \(No space left on device\)"):
+        log.append({"step": 1})

@@ -101,51 +101,6 @@ def test_a_phase_that_raises_is_counted_and_closed(passes):
     assert stopwatch.take() == {"a": 1.0}
 
 
-def test_a_timed_iterator_counts_its_items_but_not_what_is_done_with_them(passes):
-    stopwatch = Stopwatch()
-
-    def slow_numbers():
-        for number in range(3):
-            passes(10.0)
-            yield number
-        passes(0.5)  # to find out that there are no more
-
-    received = []
-    for number in stopwatch.timed("rollout", slow_numbers()):
-        received.append(number)
-        passes(100.0)
-    assert received == [0, 1, 2]
-    assert stopwatch.take() == {"rollout": 30.5}
-
-
-def test_a_pipeline_of_timed_iterators_counts_each_stage_for_itself(passes):
-    stopwatch = Stopwatch()
-
-    def stage(items, seconds):
-        for item in items:
-            passes(seconds)
-            yield item
-
-    rollouts = stopwatch.timed("rollout", stage(range(4), 10.0))
-    for _ in stopwatch.timed("scoring", stage(rollouts, 1.0)):
-        pass
-    assert stopwatch.take() == {"rollout": 40.0, "scoring": 4.0}
-
-
-def test_an_iterator_that_raises_passes_the_error_on_and_closes_its_phase(passes):
-    stopwatch = Stopwatch()
-
-    def broken():
-        passes(1.0)
-        raise ValueError("worker 3")
-        yield
-
-    with pytest.raises(ValueError, match="worker 3"):
-        list(stopwatch.timed("rollout", broken()))
-    passes(9.0)
-    assert stopwatch.take() == {"rollout": 1.0}
-
-
 def test_whoever_watches_hears_of_each_change_and_of_the_return_to_the_outer_phase(passes):
     heard = []
     stopwatch = Stopwatch(heard.append)

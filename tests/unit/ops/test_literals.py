@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, tensor
@@ -102,6 +103,23 @@ def test_k3_stays_finite_with_no_gradient_beyond_the_clamp(d: float) -> None:
     close(logprobs.grad, [[0.0]])
 
 
+@pytest.mark.parametrize(
+    ("kind", "d", "value", "slope"),
+    [
+        ("k1", INF, INF, 1.0), ("k1", -INF, -INF, 1.0), ("k1", NAN, NAN, 1.0),
+        ("abs", INF, INF, 1.0), ("abs", -INF, INF, -1.0), ("abs", NAN, NAN, 0.0),
+        ("k2", INF, INF, 0.0), ("k2", -INF, INF, 0.0), ("k2", NAN, NAN, 0.0),
+        ("k3", INF, 19.0, 0.0), ("k3", -INF, math.exp(20) - 21, 0.0), ("k3", NAN, NAN, 0.0),
+    ],
+)  # fmt: skip
+def test_kl_of_what_is_not_finite(kind: str, d: float, value: float, slope: float) -> None:
+    logprobs = tensor([[d]], requires_grad=True)
+    kl = kl_estimate(logprobs, tensor([[0.0]]), kind)
+    kl.sum().backward()
+    torch.testing.assert_close(kl.detach(), tensor([[value]]), equal_nan=True)
+    assert logprobs.grad.tolist() == [[slope]]
+
+
 def test_controller_steps() -> None:
     controller = AdaptiveKLController(0.1, target=6.0, horizon=100)
     controller.update(60.0, n_samples=10)  # clipped: +20 % of a tenth
@@ -116,15 +134,54 @@ def test_controller_steps() -> None:
 def test_controller_survives_more_samples_than_five_horizons() -> None:
     controller = AdaptiveKLController(0.2, target=6.0, horizon=10)
     controller.update(0.0, n_samples=1000)
-    assert controller.coef == pytest.approx(0.002)
+    assert controller.coef == pytest.approx(0.0002)
     controller.update(60.0, n_samples=1000)
-    assert controller.coef > 0.002
+    assert controller.coef == pytest.approx(0.0002 * 21)
 
 
-@pytest.mark.parametrize(("init", "target", "horizon"), [(-0.1, 1, 1), (0.1, 0, 1), (0.1, 1, 0), (NAN, 1, 1)])
+@pytest.mark.parametrize(
+    ("n_samples", "coef"),
+    [(0, 0.2), (250, 0.1), (499, 0.0004), (500, 0.0002), (501, 0.0002), (10**9, 0.0002)],
+)
+def test_more_samples_of_a_low_kl_never_leave_a_larger_coefficient(n_samples: int, coef: float) -> None:
+    controller = AdaptiveKLController(0.2, target=6.0, horizon=100)
+    controller.update(0.0, n_samples)
+    assert controller.coef == pytest.approx(coef)
+
+
+def test_controller_ends_at_its_bounds_and_comes_back() -> None:
+    controller = AdaptiveKLController(0.2, target=6.0, horizon=1)
+    for _ in range(200):
+        controller.update(INF, n_samples=10**6)
+    assert controller.coef == 1e6
+    controller.update(0.0, n_samples=1)
+    assert controller.coef == pytest.approx(0.8e6)
+    for _ in range(200):
+        controller.update(0.0, n_samples=10**6)
+    assert controller.coef == 1e-30
+    controller.update(60.0, n_samples=10)
+    assert controller.coef == pytest.approx(3e-30)
+
+
+@pytest.mark.parametrize("coef", [0.0, 1e-40, 1e9])
+def test_controller_leads_a_coefficient_outside_of_its_bounds_no_further_out(coef: float) -> None:
+    controller = AdaptiveKLController(coef, target=6.0, horizon=100)
+    controller.update(0.0 if coef < 1 else 60.0, n_samples=10**6)
+    assert controller.coef == coef
+
+
+@pytest.mark.parametrize(
+    ("init", "target", "horizon"), [(-0.1, 1, 1), (0.1, 0, 1), (0.1, 1, 0), (NAN, 1, 1), (INF, 1, 1)]
+)
 def test_controller_refuses(init: float, target: float, horizon: float) -> None:
     with pytest.raises(ValueError, match="received"):
         AdaptiveKLController(init, target, horizon)
+
+
+@pytest.mark.parametrize("coef", [-0.1, NAN, INF])
+def test_controller_refuses_the_state_of_none(coef: float) -> None:
+    with pytest.raises(ValueError, match="expected a finite coefficient >= 0, received"):
+        AdaptiveKLController(0.1, 1.0, 1.0).load_state_dict({"coef": coef})
 
 
 def test_controller_refuses_a_kl_that_is_not_a_number() -> None:
@@ -191,6 +248,27 @@ def test_logprobs_refuse() -> None:
         entropy_from_logits(logits, temperature=0.0)
 
 
+@pytest.mark.parametrize("function", [logprobs_from_logits, logprobs_and_entropy])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (tensor([[0, -100]]), r"expected labels in \[0, 5\), at masked positions too, .* from -100 to 0"),
+        (tensor([[5, 4]]), r"expected labels in \[0, 5\), .* received labels from 4 to 5"),
+        (tensor([[1.0, 2.5]]), r"expected integers as labels, received torch\.float32"),
+        (tensor([[True, False]]), r"expected integers as labels, received torch\.bool"),
+    ],
+)
+def test_labels_that_are_no_tokens_are_refused(function: object, labels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(torch.zeros(1, 2, 5), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_labels_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    close(logprobs_from_logits(torch.zeros(1, 2, 5), tensor([[0, 4]], dtype=dtype)), [[-math.log(5)] * 2])
+    assert logprobs_from_logits(torch.zeros(1, 0, 5), torch.zeros(1, 0, dtype=dtype)).shape == (1, 0)
+
+
 # -------------------------------------------------------------------------------------------- returns
 
 
@@ -243,6 +321,27 @@ def test_group_advantages(kind: str, want: list[float]) -> None:
 @pytest.mark.parametrize("size", [1, 2, 7, 8])
 def test_group_without_spread_is_exactly_zero(kind: str, size: int) -> None:
     assert group_advantages(torch.full((size,), 0.1), torch.zeros(size).long(), kind=kind).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "want"),  # of seven times s and once s + d: m = s + d / 8, sd = d / sqrt(8)
+    [
+        ("rloo", (-1 / 7, 1.0)),
+        ("grpo", (-math.sqrt(1 / 8), math.sqrt(49 / 8))),
+        ("dr_grpo", (-1 / 8, 7 / 8)),
+        ("reinforce_baseline", (-1 / 8, 7 / 8)),
+    ],
+)
+@pytest.mark.parametrize("score", [0.0, 1000.0, 1000.1])
+def test_group_advantages_of_scores_that_are_large_against_their_spread(
+    kind: str, want: tuple[float, float], score: float
+) -> None:
+    d = 2**-13  # the last bit of 1000.1 in float32
+    scores = torch.full((8,), score)
+    scores[7] += d
+    got = group_advantages(scores, torch.zeros(8).long(), kind=kind)
+    unit = d / (d + math.sqrt(8) * 1e-6) if kind == "grpo" else d  # grpo adds 1e-6 to sd
+    torch.testing.assert_close(got / unit, tensor([want[0]] * 7 + [want[1]]), rtol=1e-5, atol=0)
 
 
 # --------------------------------------------------------------------------------------------- losses
@@ -409,6 +508,54 @@ def test_importance_weights(kind: str, cap: object, want: list[list[float]]) -> 
     close(got, want)
 
 
+HIGHEST, LOWEST = math.exp(20), math.exp(-20)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cap", "row", "want"),
+    [
+        ("tis", 1e9, [INF, -INF, NAN], [HIGHEST, LOWEST, NAN]),
+        ("tis", 2.0, [INF, 0.0, 0.0], [2.0, 1.0, 1.0]),
+        ("icepop", 2.0, [INF, -INF, NAN], [0.0, 0.0, 0.0]),
+        ("icepop", (0.0, 1e9), [INF, -INF, NAN], [HIGHEST, LOWEST, 0.0]),
+        ("seq_tis", 2.0, [INF, INF, -9.0], [2.0, 2.0, 2.0]),
+        ("seq_tis", 2.0, [-INF, -INF, 9.0], [LOWEST, LOWEST, LOWEST]),
+        ("seq_tis", 2.0, [INF, -INF, 0.0], [NAN, NAN, NAN]),
+        ("seq_tis", 2.0, [NAN, 0.0, 0.0], [NAN, NAN, NAN]),
+        ("seq_icepop", (0.0, 1e9), [INF, 0.0, 0.0], [HIGHEST] * 3),
+        ("seq_icepop", (0.0, 1e9), [INF, -INF, 0.0], [0.0, 0.0, 0.0]),
+        ("seq_icepop", (0.0, 1e9), [NAN, 0.0, 0.0], [0.0, 0.0, 0.0]),
+        ("geo_mask", (0.0, 1e9), [-INF, 0.0, 0.0], [LOWEST, 1.0, 1.0]),
+        ("geo_mask", (0.0, 1e9), [INF, 0.0, 0.0], [0.0, 0.0, 0.0]),
+        ("geo_mask", (0.0, 1e9), [INF, -INF, 0.0], [0.0, 0.0, 0.0]),
+        ("geo_mask", (0.0, 1e9), [NAN, 0.0, 0.0], [0.0, 0.0, 0.0]),
+    ],
+)
+def test_importance_weights_of_what_is_not_finite(
+    kind: str, cap: object, row: list[float], want: list[float]
+) -> None:
+    got = importance_weights(tensor([row]), torch.zeros(1, 3), torch.ones(1, 3), kind=kind, cap=cap)
+    torch.testing.assert_close(got, tensor([want]), equal_nan=True, rtol=1e-5, atol=0)
+
+
+def test_rejection_and_mismatch_of_what_is_not_finite() -> None:
+    train, rollout, mask = tensor([[INF, -INF], [NAN, 0.0]]), torch.zeros(2, 2), torch.ones(2, 2)
+
+    def kept(kind: str, level: str, bounds: object) -> list[list[bool]]:
+        return rejection_mask(train, rollout, mask, kind=kind, level=level, bounds=bounds).tolist()
+
+    assert kept("k1", "token", (0.0, 1e9)) == [[True, True], [False, True]]
+    assert kept("k1", "seq_sum", 1.1) == [[True, True], [False, False]]
+    assert kept("k2", "seq_mean", 201.0) == [[True, True], [False, False]]
+    assert kept("k2", "seq_max", 199.0) == [[False, False], [False, False]]
+    stats = mismatch_stats(train[:1], rollout[:1], mask[:1])
+    assert stats["abs_max"] == 20
+    assert stats["kl"] == 0
+    stats = mismatch_stats(train, rollout, mask)
+    assert stats.pop("ess") == 0
+    assert all(value.isnan() for value in stats.values())
+
+
 @pytest.mark.parametrize(
     ("kind", "level", "bounds", "want"),
     [
@@ -429,6 +576,20 @@ def test_mismatch_of_equal_policies() -> None:
     stats = mismatch_stats(torch.zeros(2, 2), torch.zeros(2, 2), torch.ones(2, 2))
     want = {"kl": 0, "kl_k3": 0, "abs_max": 0, "weight_mean": 1, "weight_sq_mean": 1, "ess": 1}
     assert {name: value.item() for name, value in stats.items()} == want
+
+
+def test_mismatch_is_of_the_rollout_from_the_trainer() -> None:
+    """rho 4 and 1/4: of the k3 of KL(rollout || train), rho - 1 - log rho, at both tokens."""
+    train, rollout = tensor([[math.log(4.0), math.log(0.25), NAN]]), torch.zeros(1, 3)
+    stats = mismatch_stats(train, rollout, tensor([[1, 1, 0]]))
+    close(stats["kl"], 0.0)
+    close(stats["kl_k3"], (3.0 - 2 * LN2 - 0.75 + 2 * LN2) / 2)
+    close(stats["abs_max"], 2 * LN2)
+    close(stats["weight_mean"], (4 + 0.25) / 2)
+    close(stats["weight_sq_mean"], (16 + 0.0625) / 2)
+    one = mismatch_stats(train[:, :1], rollout[:, :1], torch.ones(1, 1))
+    close(one["kl"], -2 * LN2)
+    close(one["kl_k3"], 3.0 - 2 * LN2)
 
 
 def test_effective_sample_size() -> None:
@@ -465,3 +626,57 @@ def test_losses_refuse() -> None:
         group_advantages(torch.zeros(3), torch.zeros(2), kind="rloo")
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(x, x, "k4")
+
+
+# ------------------------------------------------------------------------------------- calls by hand
+
+
+def test_a_second_derivative_of_log_probabilities_is_refused():
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    logprobs = logprobs_from_logits(logits.tanh(), torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(logprobs.sum(), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["k1", "abs", "k2", "k3"])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_garbage_that_the_caller_masks_reaches_no_gradient_of_a_kl_estimate(kind, garbage):
+    x = torch.tensor([[-1.0, garbage]], requires_grad=True)
+    mask = torch.tensor([[1, 0]])
+    masked_mean(kl_estimate(x, torch.tensor([[-2.0, -1.0]]), kind), mask).backward()
+    assert x.grad[0].isfinite().all()
+    assert x.grad[0, 1] == 0
+
+
+def test_statistics_of_float64_are_float64():
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    _, stats = policy_loss(x, x, x + 1, x + 1, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    _, of_values = value_loss(x, x, x, x + 1, clip=0.2)
+    assert {value.dtype for value in (stats | of_values).values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("clip", [{"clip_low": math.nan}, {"clip_low": -0.2}, {"clip_high": -0.5}])
+def test_a_clip_range_that_is_none_is_refused(clip):
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="expected clip_low >= 0 and clip_high >= 0"):
+        policy_loss(x, x, x, x + 1, **({"clip_low": 0.2, "clip_high": 0.2} | clip))
+
+
+@pytest.mark.parametrize("cap", [2, 2.0, np.int64(2), np.float32(2), torch.tensor(2.0)])
+def test_a_cap_may_be_any_kind_of_number(cap):
+    d = torch.tensor([[1.0, -1.0]])
+    weights = importance_weights(d, torch.zeros(1, 2), torch.ones(1, 2), kind="tis", cap=cap)
+    torch.testing.assert_close(weights, torch.tensor([[2.0, math.exp(-1)]]))
+
+
+@pytest.mark.parametrize("cap", [(0.0, 2.0), [0, 2], np.array([0.0, 2.0])])
+def test_a_range_may_begin_at_zero_and_be_any_pair(cap):
+    d = torch.tensor([[1.0, -9.0]])
+    weights = importance_weights(d, torch.zeros(1, 2), torch.ones(1, 2), kind="icepop", cap=cap)
+    torch.testing.assert_close(weights, torch.tensor([[0.0, math.exp(-9)]]))
+
+
+def test_effective_sample_size_of_huge_and_tiny_weights():
+    for scale in (1e20, 1e-25):
+        weights = torch.tensor([[1.0, 1.0, 2.0]]) * scale
+        assert effective_sample_size(weights, torch.ones(1, 3)) == pytest.approx(16 / 18)

@@ -34,6 +34,19 @@ def test_conjugate_gradient_needs_an_iteration_a_distinct_eigenvalue():
     torch.testing.assert_close(x, b / diagonal)
 
 
+def test_decisions_follow_from_the_inner_products_alone():
+    """A rank whose own numbers say otherwise does as many products as the one whose dot is everybody's."""
+    told, calls = iter([1.0, 1.0, 0.5, -1.0]), []
+
+    def product(v):
+        calls.append(v)
+        return v
+
+    x = conjugate_gradient(product, torch.ones(3), num_iterations=50, dot=lambda *_: torch.tensor(next(told)))
+    assert len(calls) == 2, "the first curvature is 1, the second -1"
+    torch.testing.assert_close(x, torch.ones(3))
+
+
 def test_nothing_to_solve():
     zero = torch.zeros(3)
     assert conjugate_gradient(lambda v: v, zero, num_iterations=5).tolist() == [0, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_dist.errors import ConfigError, RewardError
-from rlhf_dist.rewards.functions import call_function, check_scores, load_function, weighted_sum
+from rlhf_dist.errors import ConfigError, RewardError, RewardTimeoutError
+from rlhf_dist.rewards.functions import FunctionCaller, check_scores, load_function, weighted_sum
 
 PROMPTS, RESPONSES, COLUMNS = ["p", "q"], ["one", "three"], {"answer": [1, 2]}
 
@@ -27,8 +28,8 @@ def module(tmp_path, monkeypatch):
     return write
 
 
-def call(function):
-    return call_function("my_rewards:score", function, PROMPTS, RESPONSES, COLUMNS)
+def call(function, timeout_s=None):
+    return FunctionCaller("my_rewards:score", function, timeout_s)(PROMPTS, RESPONSES, COLUMNS)
 
 
 def returning(scores):
@@ -84,7 +85,7 @@ def test_what_is_not_there_or_no_function_is_refused(function, module):
         load_function(f"odd_rewards:{function}")
 
 
-# -------------------------------------------------------------------------------------- call_function
+# ------------------------------------------------------------------------------------- FunctionCaller
 
 
 def test_the_function_gets_prompts_responses_and_columns():
@@ -119,7 +120,8 @@ def test_any_sequence_of_numbers_becomes_a_list_of_floats(scores):
     assert {type(number) for number in result} == {float}
 
 
-def test_what_a_function_raises_is_named_with_its_line():
+@pytest.mark.parametrize("timeout_s", [None, 60])
+def test_what_a_function_raises_is_named_with_its_line(timeout_s):
     def score(_prompts, _responses, columns):
         return columns["colour"]
 
@@ -129,8 +131,69 @@ def test_what_a_function_raises_is_named_with_its_line():
         rf"\(.*test_functions\.py line {line}\), on a batch of 2 samples$"
     )
     with pytest.raises(RewardError, match=message) as caught:
-        call(score)
+        call(score, timeout_s)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_message_has_one_line_however_much_was_raised_or_returned():
+    def score(*_):
+        raise ValueError("no\nsuch  colour " + "x" * 10_000)
+
+    with pytest.raises(RewardError, match=r"raised ValueError: no such colour x{200,300}… \(") as caught:
+        call(score)
+    assert len(str(caught.value)) < 700
+    with pytest.raises(RewardError, match=r"; it returned '\{\{+…$"):
+        returning("{" * 10_000)
+
+
+def test_a_function_that_would_end_the_process_has_raised():
+    def score(*_):
+        raise SystemExit("done")
+
+    with pytest.raises(RewardError, match="raised SystemExit: done"):
+        call(score)
+
+
+def test_a_function_that_does_not_return_in_time_is_left_behind():
+    release = threading.Event()
+    with pytest.raises(
+        RewardTimeoutError,
+        match=(
+            r"^reward function 'my_rewards:score' did not return within 0\.05 s, on a batch of 2 samples; "
+            r"raise reward\.timeout_s"
+        ),
+    ):
+        call(lambda *_: release.wait(60), timeout_s=0.05)
+    release.set()
+
+
+def test_a_generator_that_does_not_end_in_time_is_left_behind():
+    release = threading.Event()
+
+    def score(_prompts, responses, _columns):
+        for response in responses:
+            release.wait(60)
+            yield len(response)
+
+    with pytest.raises(RewardTimeoutError):
+        call(score, timeout_s=0.05)
+    release.set()
+
+
+def test_calls_with_a_deadline_share_a_thread_and_others_have_none():
+    def score(*_):
+        threads.append(threading.current_thread())
+        return [0.0, 0.0]
+
+    threads = []
+    for timeout_s in (60, None):
+        caller = FunctionCaller("my_rewards:score", score, timeout_s)
+        for _ in range(2):
+            assert caller(PROMPTS, RESPONSES, COLUMNS) == [0.0, 0.0]
+    first, second, *plain = threads
+    assert first is second is not threading.main_thread()
+    assert first.daemon
+    assert plain == [threading.current_thread()] * 2
 
 
 def test_a_function_of_other_arguments_is_an_error_of_the_reward():
@@ -138,9 +201,11 @@ def test_a_function_of_other_arguments_is_an_error_of_the_reward():
         call(lambda responses: responses)
 
 
-@pytest.mark.parametrize(("scores", "count"), [([], 0), ([1.0], 1), ([1.0, 2.0, 3.0], 3)])
+@pytest.mark.parametrize(
+    ("scores", "count"), [([], "0 scores"), ([1.0], "1 score"), ([1.0, 2.0, 3.0], "3 scores")]
+)
 def test_a_wrong_count_names_both_numbers(scores, count):
-    with pytest.raises(RewardError, match=f"'my_rewards:score' returned {count} scores for 2 samples$"):
+    with pytest.raises(RewardError, match=f"'my_rewards:score' returned {count} for 2 samples$"):
         returning(scores)
 
 
@@ -154,11 +219,23 @@ def test_a_score_that_is_not_finite_names_its_sample(number, text):
         returning([0.0, number])
     with pytest.raises(RewardError, match=f"returned {text} for sample 0"):
         returning(np.array([number, 0.0]))
+    with pytest.raises(RewardError, match=f"^a reward returned {text}; scores must be finite"):
+        check_scores("a reward", [number], 1)
 
 
 @pytest.mark.parametrize(
     "scores",
-    [None, 1.0, np.float64(1), torch.tensor(1.0), [1.0, None], [1.0, "high"], [[1.0, 2.0], [3.0]], [1j, 2j]],
+    [
+        None,
+        1.0,
+        np.float64(1),
+        torch.tensor(1.0),
+        torch.tensor([[1.0, 2.0]]),
+        [1.0, None],
+        [1.0, "high"],
+        [[1.0, 2.0], [3.0]],
+        [1j, 2j],
+    ],
     ids=repr,
 )
 def test_what_is_no_list_of_numbers_is_quoted(scores):
@@ -176,7 +253,7 @@ def test_characters_keys_and_sets_are_no_scores_though_they_can_be_iterated(scor
 
 
 def test_the_checks_name_whatever_scored():
-    with pytest.raises(RewardError, match="reward model 'm' returned 1 scores for 3 samples"):
+    with pytest.raises(RewardError, match="reward model 'm' returned 1 score for 3 samples"):
         check_scores("reward model 'm'", [1.0], 3)
 
 

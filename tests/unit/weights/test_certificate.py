@@ -127,10 +127,10 @@ def test_the_probe_fits_vocabulary_and_context(vocab_size, context_tokens):
 
 def test_the_probe_is_spread_over_the_vocabulary():
     tokens = probe_tokens(1000, 1024)
-    assert len(tokens) == 64
-    assert len(set(tokens)) > 50
-    assert min(tokens) < 100
-    assert max(tokens) > 900
+    assert len(tokens) == 16
+    assert len(set(tokens)) > 12
+    assert min(tokens) < 200
+    assert max(tokens) > 800
 
 
 def test_a_longer_context_does_not_change_the_first_tokens():

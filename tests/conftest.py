@@ -15,8 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[1]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 ORPHAN_DEADLINE_S = 10
 RUN_DEADLINE_S = 500
@@ -36,21 +37,28 @@ class Run:
 
 
 class RunningCommand:
-    """`rlhf-dist train` under way, in a session of its own so that its processes can be told apart."""
+    """A command under way, in a session of its own so that its processes can be told apart."""
 
     def __init__(
-        self, folder: Path, arguments: tuple[str, ...], cwd: Path, launcher: tuple[str, ...]
+        self,
+        folder: Path,
+        arguments: tuple[str, ...],
+        *,
+        cwd: Path,
+        launcher: tuple[str, ...],
+        inside: tuple[str, ...],
+        environment: dict[str, str],
     ) -> None:
         self.folder = folder
-        self._log = folder.with_name(folder.name + ".log")
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        self._log = unused(folder.with_name(folder.name + ".log"))
+        inherited = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *launcher, "train", *arguments, f"run.dir={folder}"],
+                [*inside, sys.executable, *launcher, *arguments],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=cwd,
-                env=environment,
+                env=inherited | environment,
                 start_new_session=True,
             )
 
@@ -58,8 +66,11 @@ class RunningCommand:
     def output(self) -> str:
         return self._log.read_text()
 
-    def wait(self) -> Run:
-        returncode = self.process.wait(timeout=RUN_DEADLINE_S)
+    def wait(self, timeout_s: float = RUN_DEADLINE_S) -> Run:
+        try:
+            returncode = self.process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"still going after {timeout_s} s:\n{self.output}") from error
         return Run(returncode, self.output, self.folder)
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
@@ -92,12 +103,21 @@ class RunningCommand:
         assert not alive, f"left behind: {[process.name() for process in alive]}"
 
 
+def unused(path: Path) -> Path:
+    """The path itself, or one beside it where an earlier command on the same folder had that one."""
+    number = 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{path.stem.split('~')[0]}~{number}{path.suffix}")
+    return path
+
+
 Start = Callable[..., RunningCommand]
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Start the command with overrides; whatever a failing test leaves is killed at the end."""
+    """Start `train`, a bench or a replay, with overrides; what a failing test leaves is killed at the end."""
     commands: list[RunningCommand] = []
 
     def begin(
@@ -106,9 +126,20 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         folder: Path | None = None,
         cwd: Path = REPOSITORY,
         launcher: tuple[str, ...] = ("-m", "rlhf_dist"),
+        inside: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        bench: str | None = None,
+        replay: Path | None = None,
     ) -> RunningCommand:
         folder = folder or tmp_path_factory.mktemp("run") / "run"
-        commands.append(RunningCommand(folder, (str(config), *arguments), cwd, launcher))
+        if replay is not None:
+            command = ("replay", str(replay), *arguments)
+        elif bench is not None:
+            command = ("bench", bench, str(config), *arguments, "--out", str(folder))
+        else:
+            command = ("train", str(config), *arguments, f"run.dir={folder}")
+        options = {"cwd": cwd, "launcher": launcher, "inside": inside, "environment": environment or {}}
+        commands.append(RunningCommand(folder, command, **options))
         return commands[-1]
 
     yield begin
@@ -131,22 +162,23 @@ def train(start: Start) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def quickstart(train: Callable[..., Run]) -> Callable[[int], Run]:
-    """The quickstart as it is, once a seed."""
-    runs: dict[int, Run] = {}
-
-    def of_seed(seed: int) -> Run:
-        if seed not in runs:
-            runs[seed] = train(f"run.seed={seed}")
-        return runs[seed]
-
-    return of_seed
+def quickstart(train: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The quickstart as it is, once for all processes that tests run in side by side."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, result = shared / "quickstart", shared / "quickstart.json"
+    with FileLock(shared / "quickstart.lock"):
+        if not result.exists():
+            run = train(folder=folder)
+            result.write_text(json.dumps([run.returncode, run.output]))
+    returncode, output = json.loads(result.read_text())
+    return Run(returncode, output, folder)
 
 
 @pytest.fixture(scope="session")
-def small(quickstart: Callable[[int], Run]) -> tuple[str, ...]:
+def small(quickstart: Run) -> tuple[str, ...]:
     """Overrides for a short run that starts from the quickstart's supervised policy."""
-    policy = quickstart(0).folder / "sft-policy"
+    policy = quickstart.folder / "sft-policy"
     return (
         f"policy.model={policy}",
         "sft=null",
@@ -156,3 +188,9 @@ def small(quickstart: Callable[[int], Run]) -> tuple[str, ...]:
         "rollout.samples_per_batch=8",
         "algorithm.num_epochs=2",
     )
+
+
+@pytest.fixture(scope="session")
+def lean(small: tuple[str, ...]) -> tuple[str, ...]:
+    """The same with one worker of each role, which start sooner."""
+    return (*small, "rollout.num_workers=1", "learner.num_workers=1")

@@ -1,0 +1,172 @@
+"""Keeps the journal small: merges segments that are done with into compressed archives, deletes the oldest.
+
+Every step leaves a journal that reads the same, whenever a crash comes: an archive appears whole by a rename,
+and only then its segments are deleted. Until they are, the reader takes the archive's copy; what a crash left
+to delete, the next compaction deletes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from rlhf_dist.errors import RunError
+from rlhf_dist.experience.files import sync_folder
+from rlhf_dist.experience.journal import (
+    ARCHIVE_SUFFIX,
+    SEGMENT_SUFFIX,
+    JournalReader,
+    segment_numbers,
+    write_archive,
+)
+from rlhf_dist.experience.steps import StepHistory, read_history
+from rlhf_dist.types import BatchPlace
+
+ARCHIVE_BYTES = 256 * 1024**2
+"""Of the segments that are merged into one archive, at least: few files, each soon read."""
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did."""
+
+    segments_archived: list[str]
+    archives_deleted: list[str]
+    problem: str | None = None
+    """What could not be done and why, in a sentence; the files that it is about are as they were."""
+
+
+def compact(
+    folder: Path, *, keep_from_step: int, max_bytes: int | None = None, archive_bytes: int = ARCHIVE_BYTES
+) -> Compaction:
+    """Merge the segments all of whose prompts were trained before `keep_from_step`, or given up.
+
+    Others may write and read meanwhile; only one may compact at a time. What cannot be done is told, not
+    raised: a journal that is larger than it need be holds nobody up.
+
+    Args:
+        folder: of the journal.
+        keep_from_step: the first learner step that some checkpoint may have to be repeated from. Nothing that
+            it or a later one was trained on is touched.
+        max_bytes: while the journal is larger, its oldest archive is deleted; None: nothing is.
+        archive_bytes: segments that together have less wait for the next time.
+    """
+    archived: list[str] = []
+    deleted: list[str] = []
+    problems: list[str] = []
+    if max_bytes is not None:
+        archive_bytes = min(archive_bytes, max_bytes // 4)
+    with _told(problems):
+        _clean_up(folder)
+        finished = _finished_segments(folder, keep_from_step, problems)
+        for segments in _groups(folder, finished, archive_bytes):
+            write_archive(_next_archive(folder), JournalReader(folder), segments)
+            archived += segments
+            _clean_up(folder)
+    if max_bytes is not None:
+        with _told(problems):  # also where nothing could be merged, as the disk may be full
+            deleted = _delete_oldest(folder, max_bytes)
+    return Compaction(archived, deleted, _sentence(folder, problems))
+
+
+@contextmanager
+def _told(problems: list[str]) -> Iterator[None]:
+    """Note what goes wrong in the block, and go on behind it."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        problems.append(f"{error.filename}: {reason}" if error.filename else reason)
+    except (RunError, pa.ArrowException) as error:
+        problems.append(str(error))
+
+
+def _sentence(folder: Path, problems: list[str]) -> str | None:
+    if not problems:
+        return None
+    reasons = "; ".join(dict.fromkeys(problems))
+    return f"journal {folder} was not wholly compacted, and takes more room than it need: {reasons}"
+
+
+def _clean_up(folder: Path) -> None:
+    """Delete what a crash left half-written, and segments that an archive holds."""
+    unlisted = {path.stem for path in folder.glob(f"*{SEGMENT_SUFFIX}")} - set(
+        JournalReader(folder).segments()
+    )
+    leftovers = [folder / f"{name}{SEGMENT_SUFFIX}" for name in sorted(unlisted)]
+    for path in [*folder.glob(f"*{ARCHIVE_SUFFIX}.tmp"), *leftovers]:
+        os.unlink(path)
+    sync_folder(folder)
+
+
+def _finished_segments(folder: Path, keep_from_step: int, problems: list[str]) -> Iterator[str]:
+    """In order. Never the last one of a producer: the numbers of its next ones follow from it.
+
+    One with a damaged batch is a problem of its own, so that it does not keep others from being merged.
+    """
+    done = _done_ordinals(read_history(folder), keep_from_step)
+    last = {f"{producer}-{max(numbers):06d}" for producer, numbers in segment_numbers(folder).items()}
+    journal = JournalReader(folder)
+    for name in journal.segments():
+        if name not in last and not _is_open(folder / f"{name}{SEGMENT_SUFFIX}"):
+            finished = False
+            with _told(problems):
+                finished = done.issuperset(_ordinals(journal, name))
+            if finished:
+                yield name
+
+
+def _ordinals(journal: JournalReader, segment: str) -> set[int]:
+    """Of all its batches, each of which is checked."""
+    places = [BatchPlace(segment, number) for number in range(journal.num_batches(segment))]
+    return {ordinal for place in places for ordinal in journal.read(place)["ordinal"].to_pylist()}
+
+
+def _done_ordinals(history: StepHistory, keep_from_step: int) -> set[int]:
+    steps = (step for step in history.steps.values() if step.trained and step.step < keep_from_step)
+    return {ordinal for step in steps for ordinal in step.ordinals} | set(history.failed)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether its writer lives, or that cannot be told; one that has let go never writes it again."""
+    try:
+        with path.open("r+b") as file:  # NFS gives an exclusive lock to those only who may write
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def _groups(folder: Path, segments: Iterator[str], archive_bytes: int) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for name in segments:
+        group.append(name)
+        size += (folder / f"{name}{SEGMENT_SUFFIX}").stat().st_size
+        if size >= archive_bytes:
+            yield group
+            group, size = [], 0
+
+
+def _next_archive(folder: Path) -> Path:
+    numbers = [int(path.stem.rpartition("-")[2]) for path in folder.glob(f"*{ARCHIVE_SUFFIX}")]
+    return folder / f"archive-{max(numbers, default=0) + 1:06d}{ARCHIVE_SUFFIX}"
+
+
+def _delete_oldest(folder: Path, max_bytes: int) -> list[str]:
+    deleted: list[str] = []
+    journal = JournalReader(folder)
+    for path in journal.archives():
+        if journal.num_bytes() <= max_bytes:
+            break
+        os.unlink(path)
+        deleted.append(path.name)
+    if deleted:
+        sync_folder(folder)
+    return deleted
