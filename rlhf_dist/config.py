@@ -33,6 +33,7 @@ from rlhf_dist.errors import ConfigError
 from rlhf_dist.experience.settings import ExperienceSettings
 from rlhf_dist.rewards.settings import RewardSettings
 from rlhf_dist.settings import Section
+from rlhf_dist.types import Transport
 
 
 class RunSettings(Section):
@@ -76,6 +77,13 @@ class ReferenceSettings(Section):
 
 class WeightsSettings(Section):
     """Weight snapshots from the learner to the rollout workers."""
+
+    transport: Transport = "auto"
+    """Where snapshots are and what carries them. `shared_memory`: in the memory of the learner's node, mapped
+    there, copied to other nodes once each. `ipc`: in the learner's GPU, mapped by engines on the same GPU.
+    `nccl`: in the learner's GPU, sent to the engines' GPUs, on other nodes too. `auto`: where the learner and
+    the engines are on GPUs, `ipc` for each engine that shares the learner's and `nccl` for the others; else
+    `shared_memory`. Except with that, the learner's first GPU needs room for two snapshots."""
 
     probe_tolerance_nats: float | None = Field(default=None, gt=0)
     """Largest difference between a worker's and the learner's log-probabilities of the probe sequence.
@@ -224,11 +232,27 @@ class Config(Section):
                 "rollout.sampling.temperature_final changes the temperature from step to step, and with "
                 f"experience.max_staleness={self.experience.max_staleness} steps overlap; drop one of them"
             )
+        if self.weights.transport in ("ipc", "nccl") and not self._on_gpus:
+            raise ValueError(
+                f"weights.transport={self.weights.transport} is from GPU to GPU; "
+                f"learner.gpus_per_worker={self.learner.gpus_per_worker:g} and "
+                f"rollout.gpus_per_worker={self.rollout.gpus_per_worker:g} must both be above 0; "
+                "or use weights.transport=auto"
+            )
         if self.rollout.sampling.temperature == 0:
             raise ValueError(
                 "rollout.sampling.temperature=0 always gives the same response: nothing to learn from"
             )
         return self
+
+    @property
+    def snapshots_on_gpu(self) -> bool:
+        """Whether weight snapshots stay in the learner's GPU."""
+        return self.weights.transport != "shared_memory" and self._on_gpus
+
+    @property
+    def _on_gpus(self) -> bool:
+        return self.learner.gpus_per_worker > 0 and self.rollout.gpus_per_worker > 0
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:

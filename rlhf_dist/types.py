@@ -17,7 +17,7 @@ is the starting policy. Times `..._at_us` are microseconds since 1970 in UTC.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -112,6 +112,9 @@ class WeightManifest:
     probe: Probe
 
 
+Transport = Literal["auto", "shared_memory", "ipc", "nccl"]
+"""What brings weights to the engines."""
+
 WeightPayload = np.ndarray
 """All bytes of a snapshot as one uint8 array; the manifest says which tensor is where."""
 
@@ -130,17 +133,44 @@ class SegmentAddress:
 
 
 @dataclass(frozen=True)
+class DeviceAddress:
+    """A piece of the learner's GPU memory that holds a snapshot, for processes on the same GPU."""
+
+    gpu: str
+    """The GPU's UUID."""
+    handle: tuple[Any, ...]
+    """What torch needs to map it in another process. Empty where it is no GPU's memory."""
+    generation: int
+    """Which of the snapshots that the segment holds one after the other is meant."""
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where the learner and the processes of one engine meet, to send snapshots from GPU to GPU."""
+
+    host: str
+    port: int
+    num_ranks: int
+    """The learner's rank 0, and each GPU of the engine."""
+    timeout_s: float
+    """For a snapshot to have come whole."""
+
+
+@dataclass(frozen=True)
 class PublishedWeights:
     """A snapshot that the learner has written: what the driver passes on to the rollout workers."""
 
     manifest: WeightManifest
-    segment: SegmentAddress
+    segment: SegmentAddress | DeviceAddress
     node: str
     """Ray's id of the node that the segment is on."""
     probe_s: float
     """What the learner spent on its answer to the probe, in seconds."""
     write_s: float
     """What it spent on gathering, copying and digesting. With `probe_s` this is all that it stood still."""
+    sender: Any = None
+    """Handle of the learner's rank 0, whom an engine on another GPU asks to send what is in GPU memory."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,10 @@ class LearnerGroup(RankGroup):
         """Create the ranks."""
         super().__init__(LearnerWorker, share, cluster)
 
+    def start(self, events: Events, *args: Any, **kwargs: Any) -> None:
+        """As `RankGroup.start`; see `LearnerWorker.start` for the arguments."""
+        super().start(events, *args, **kwargs, weights_timeout_s=self.cluster.weights_timeout_s)
+
     def step(
         self, events: Events, batches: list[LeasedBatch], step: int, temperature: float
     ) -> dict[str, float]:

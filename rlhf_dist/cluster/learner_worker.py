@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import ray
 from ray.exceptions import ObjectLostError
 
-from rlhf_dist.cluster.process_group import RankWorker, Rendezvous
-from rlhf_dist.types import FileDigest, PublishedWeights
+from rlhf_dist.cluster.liveness import NUM_SENDING, SENDING
+from rlhf_dist.cluster.process_group import RankWorker, Rendezvous, free_port
+from rlhf_dist.types import DeviceAddress, FileDigest, Link, PublishedWeights
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from rlhf_dist.algorithms.base import AlgorithmSettings
     from rlhf_dist.cluster.experience_queue import LeasedBatch
+    from rlhf_dist.engines.nccl_link import Senders
     from rlhf_dist.engines.settings import LearnerSettings
 
 
 class LearnerWorker(RankWorker):
     """Consumes leased batches of experience, produces weight snapshots. All ranks get the same calls."""
+
+    more_groups: ClassVar[dict[str, int]] = {SENDING: NUM_SENDING}
 
     def start(
         self,
@@ -34,14 +40,18 @@ class LearnerWorker(RankWorker):
         num_steps: int,
         seed: int,
         journal: Path,
+        weights_timeout_s: float,
         collective_timeout_s: float,
+        snapshots_on_gpu: bool = False,
     ) -> None:
         """Join the group and load the models.
 
         Args:
             journal: its folder, for batches that are in no object store any more.
+            weights_timeout_s: deadline of a snapshot that is sent to an engine.
         """
         self._journal, self._timeout_s = journal, collective_timeout_s
+        self._weights_timeout_s = weights_timeout_s
         self._join(rendezvous, settings, collective_timeout_s)
         from rlhf_dist.algorithms import make_algorithm
         from rlhf_dist.engines.learner import Learner
@@ -55,6 +65,7 @@ class LearnerWorker(RankWorker):
             num_steps=num_steps,
             dtype=torch_dtype(settings.dtype, on_gpu=settings.gpus_per_worker > 0),
             seed=seed,
+            snapshots_on_gpu=snapshots_on_gpu,
         )
 
     def step(self, batches: list[LeasedBatch], step: int, temperature: float) -> dict[str, float]:
@@ -65,8 +76,30 @@ class LearnerWorker(RankWorker):
         return self._learner.step(samples, step=step, temperature=temperature)
 
     def publish(self, version: int, probe_tokens: Sequence[int]) -> PublishedWeights | None:
-        """Write a weight snapshot into this node's shared memory. Rank 0 says where; None from the others."""
-        return self._learner.publish(version, probe_tokens, node=ray.get_runtime_context().get_node_id())
+        """Write a weight snapshot into the memory of this node or GPU. Rank 0 says where; None from the
+        others."""
+        context = ray.get_runtime_context()
+        published = self._learner.publish(version, probe_tokens, node=context.get_node_id())
+        if published is None or not isinstance(published.segment, DeviceAddress):
+            return published
+        return replace(published, sender=context.current_actor)
+
+    @ray.method(concurrency_group=SENDING)
+    def open_link(self, engine: str, life: str, num_gpus: int) -> Link:
+        """Rank 0: where it meets an engine on other GPUs; the same place for as long as the engine lives."""
+        link = Link(ray.util.get_node_ip_address(), free_port(), num_gpus + 1, self._weights_timeout_s)
+        return self._senders.open(engine, life, link)
+
+    @ray.method(concurrency_group=SENDING)
+    def send_weights(self, engine: str, published: PublishedWeights) -> None:
+        """Rank 0: send a snapshot through the engine's link, beside whatever the learner does."""
+        self._senders.send(engine, published.manifest, self._learner.snapshot(published))
+
+    @cached_property
+    def _senders(self) -> Senders:
+        from rlhf_dist.engines.nccl_link import Senders
+
+        return Senders()
 
     def export_policy(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, without its tokenizer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 
@@ -19,19 +19,24 @@ from rlhf_dist.errors import RunError
 
 GROUP = "liveness"
 """The concurrency group, one thread of every worker, that answers while its other threads work."""
+SENDING, NUM_SENDING = "sending", 16
+"""The concurrency group, and its threads, of what a learner rank sends while it trains."""
 
 
 class Worker:
     """What every actor of a run has."""
+
+    more_groups: ClassVar[dict[str, int]] = {}
+    """Further concurrency groups, and the threads of each."""
 
     @ray.method(concurrency_group=GROUP)
     def answer_heartbeat(self) -> None:
         """Returns at once, also while another method runs."""
 
 
-def actor_class_of(worker_class: type) -> Any:
+def actor_class_of(worker_class: type[Worker]) -> Any:
     """A Ray actor class whose heartbeat is answered beside its other methods."""
-    return ray.remote(concurrency_groups={GROUP: 1})(worker_class)
+    return ray.remote(concurrency_groups={GROUP: 1} | worker_class.more_groups)(worker_class)
 
 
 class Heartbeats:

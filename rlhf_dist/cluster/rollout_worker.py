@@ -11,13 +11,17 @@ import numpy as np
 import ray
 
 from rlhf_dist.cluster.liveness import Worker
+from rlhf_dist.errors import WeightsError
 from rlhf_dist.types import (
     Completion,
+    DeviceAddress,
     GenerationRequest,
     PromptAttempt,
     PublishedWeights,
     RolloutReport,
+    SegmentAddress,
     ServedVersion,
+    Transport,
     WeightPayload,
 )
 
@@ -49,6 +53,7 @@ class RolloutWorker(Worker):
         prompts: pa.Table,
         seed: int,
         deterministic: bool,
+        transport: Transport = "auto",
     ) -> None:
         """Take note of what `start` will load.
 
@@ -57,11 +62,12 @@ class RolloutWorker(Worker):
             prompts: the data set, tokenized; shared memory of the node.
             seed: of the run.
             deterministic: what finished samples form a batch never depends on the clock.
+            transport: of snapshots that are in GPU memory.
         """
         self._name, self._settings, self._seed = name, settings, seed
         self._model, self._dtype, self._prompts = model, dtype, prompts
         self._context_tokens, self._tolerance_nats = context_tokens, probe_tolerance_nats
-        self._deterministic = deterministic
+        self._deterministic, self._transport = deterministic, transport
         self._held: list[GenerationRequest] = []
         self._holding = False
         self._answers: dict[int, asyncio.Future[str]] = {}
@@ -136,15 +142,17 @@ class RolloutWorker(Worker):
             WeightsError: a digest or the probe does not match; the run must not go on.
         """
         from rlhf_dist.weights.certificate import prove
-        from rlhf_dist.weights.shared_memory import attach
 
-        same_node = published.node == ray.get_runtime_context().get_node_id()
-        if payload is None and not (same_node and attach(published.segment)):
+        in_gpu = isinstance(published.segment, DeviceAddress)
+        if not in_gpu and payload is None and not _can_map(published):
             return None
         await self._make_way()
         version, probe = published.manifest.version, published.manifest.probe
         started = time.monotonic()
-        self._engine.load_weights(published, payload)
+        if isinstance(published.segment, DeviceAddress) and not self._shares_gpu(published.segment):
+            await self._receive(published)
+        else:
+            self._engine.load_weights(published, payload)
         loaded = time.monotonic()
         logprobs = self._engine.prompt_logprobs(probe.tokens)
         difference = prove(self._name, version, probe, logprobs, self._tolerance_nats)
@@ -153,6 +161,31 @@ class RolloutWorker(Worker):
         return ServedVersion(
             self._name, version, difference, load_s=load_s, probe_s=probe_s, proved_at_us=proved_at_us
         )
+
+    def _shares_gpu(self, segment: DeviceAddress) -> bool:
+        """Whether a snapshot in GPU memory is to be mapped; else the learner sends it."""
+        import torch
+
+        from rlhf_dist.weights.device_memory import gpu_uuid
+
+        if self._transport == "nccl":
+            return False
+        gpu = gpu_uuid(torch.device("cuda"))
+        same = self._engine.num_gpus == 1 and gpu == segment.gpu
+        if not same and self._transport == "ipc":
+            raise WeightsError(
+                f"{self._name} is on GPU {gpu}, the learner's snapshots on GPU {segment.gpu}, and "
+                "weights.transport=ipc maps them on one GPU only; set weights.transport=auto"
+            )
+        return same
+
+    async def _receive(self, published: PublishedWeights) -> None:
+        """Have the learner send a snapshot while the engine receives it."""
+        life = ray.get_runtime_context().get_actor_id()
+        link = await published.sender.open_link.remote(self._name, life, self._engine.num_gpus)
+        sent = published.sender.send_weights.remote(self._name, published)
+        self._engine.load_weights(published, link=link)
+        await sent
 
     async def _make_way(self) -> None:
         """Bring the requests under way to where new weights may come."""
@@ -228,6 +261,14 @@ class RolloutWorker(Worker):
 def request_seed(run_seed: int, ordinal: int, sample: int) -> int:
     """The seed of one request, the same on whichever worker and in whichever batch it runs."""
     return int(np.random.SeedSequence([run_seed, ordinal, sample]).generate_state(1)[0])
+
+
+def _can_map(published: PublishedWeights) -> bool:
+    from rlhf_dist.weights.shared_memory import attach
+
+    assert isinstance(published.segment, SegmentAddress)
+    same_node = published.node == ray.get_runtime_context().get_node_id()
+    return same_node and attach(published.segment) is not None
 
 
 def _now_us() -> int:

@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlhf_dist.errors import WeightsError
-from rlhf_dist.types import PublishedWeights
+from rlhf_dist.types import PublishedWeights, SegmentAddress
 from rlhf_dist.weights.segment import MappedSegment
 
 
@@ -30,6 +30,7 @@ def read_segment(published: PublishedWeights) -> np.ndarray:
     Raises:
         WeightsError: it has been overwritten, or is gone with its learner.
     """
+    assert isinstance(published.segment, SegmentAddress)
     try:
         segment = MappedSegment(published.segment)
     except OSError as error:

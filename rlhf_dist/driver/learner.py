@@ -23,4 +23,5 @@ def start_learner(
         num_steps=config.run.num_steps,
         seed=config.run.seed,
         journal=journal,
+        snapshots_on_gpu=config.snapshots_on_gpu,
     )

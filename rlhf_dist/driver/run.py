@@ -250,6 +250,7 @@ def _roles(
             probe_tolerance_nats=config.weights.probe_tolerance_nats or TOLERANCE_NATS[dtype_name],
             seed=config.run.seed,
             deterministic=config.run.deterministic,
+            transport=config.weights.transport,
         )
         roles.append(rollout)
         scoring = ScoringPool(

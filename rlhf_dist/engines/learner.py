@@ -43,6 +43,7 @@ from rlhf_dist.engines.trust_region import BatchObjective, trust_region_step
 from rlhf_dist.experience.samples import Samples
 from rlhf_dist.experience.sequences import SequenceBatch, sequence_batch
 from rlhf_dist.types import FileDigest, Probe, PublishedWeights
+from rlhf_dist.weights.device_memory import DevicePublisher
 from rlhf_dist.weights.shared_memory import SharedMemoryPublisher
 from rlhf_dist.weights.snapshot import snapshot_bytes
 from rlhf_dist.weights.transport import Publisher
@@ -61,6 +62,7 @@ class Learner:
         num_steps: int,
         dtype: torch.dtype,
         seed: int,
+        snapshots_on_gpu: bool = False,
     ) -> None:
         """Load the models into DeepSpeed; the process group must exist.
 
@@ -69,6 +71,7 @@ class Learner:
             num_steps: learner steps of the whole run, for the learning-rate schedule.
             dtype: compute dtype.
             seed: of the run; decides the shuffles of the epochs and where adapters start.
+            snapshots_on_gpu: weight snapshots stay in this rank's GPU, instead of the node's memory.
         """
         self._settings, self._algorithm, self._seed = settings, algorithm, seed
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
@@ -91,9 +94,11 @@ class Learner:
         )
         self._publisher: Publisher | None = None
         if self._rank == 0:
-            self._publisher = SharedMemoryPublisher(
-                snapshot_bytes(each.num_bytes for each in model_tensors(self._policy.module.lm)),
-                num_threads=torch.get_num_threads(),
+            num_bytes = snapshot_bytes(each.num_bytes for each in model_tensors(self._policy.module.lm))
+            self._publisher = (
+                DevicePublisher(num_bytes, self._policy.device)
+                if snapshots_on_gpu
+                else SharedMemoryPublisher(num_bytes, num_threads=torch.get_num_threads())
             )
         self._value: DeepSpeedEngine | None = None
         if value_model is not None:
@@ -156,6 +161,15 @@ class Learner:
         manifest, segment = self._publisher.publish(version, buckets, probe)
         write_s = time.monotonic() - probed
         return PublishedWeights(manifest, segment, node, probe_s=probed - started, write_s=write_s)
+
+    def snapshot(self, published: PublishedWeights) -> torch.Tensor:
+        """All bytes of a snapshot in this rank's GPU memory, on rank 0. No collective.
+
+        Raises:
+            WeightsError: it has been overwritten.
+        """
+        assert isinstance(self._publisher, DevicePublisher)
+        return self._publisher.contents(published.segment.generation)
 
     @torch.no_grad()
     def _probe(self, probe_tokens: Sequence[int]) -> Probe:

@@ -19,7 +19,14 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from rlhf_dist.engines import vllm_weight_transfer
 from rlhf_dist.errors import WeightsError
-from rlhf_dist.types import Completion, GenerationRequest, PublishedWeights, VersionSpan, WeightPayload
+from rlhf_dist.types import (
+    Completion,
+    GenerationRequest,
+    Link,
+    PublishedWeights,
+    VersionSpan,
+    WeightPayload,
+)
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
@@ -42,6 +49,8 @@ class VLLMEngine:
         """
         vllm_weight_transfer.register()
         on_gpu = settings.gpus_per_worker > 0
+        self.num_gpus = max(1, int(settings.gpus_per_worker)) if on_gpu else 0
+        """That the model is spread over; a part of one counts as one."""
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model,
@@ -49,7 +58,7 @@ class VLLMEngine:
                 max_model_len=context_tokens,
                 max_num_seqs=settings.max_num_seqs,
                 enforce_eager=settings.enforce_eager or not on_gpu,
-                tensor_parallel_size=max(1, int(settings.gpus_per_worker)),
+                tensor_parallel_size=max(1, self.num_gpus),
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if on_gpu else int(settings.cpu_kv_cache_gib * GIB),
                 enable_prefix_caching=True,
@@ -114,18 +123,25 @@ class VLLMEngine:
         self._requests.clear()
         return dropped
 
-    def load_weights(self, published: PublishedWeights, payload: WeightPayload | None = None) -> None:
+    def load_weights(
+        self,
+        published: PublishedWeights,
+        payload: WeightPayload | None = None,
+        link: Link | None = None,
+    ) -> None:
         """Verify a snapshot, load it, and drop what was cached under the old weights.
 
         Args:
             payload: the snapshot's bytes, where the learner is on another node.
+            link: through which the learner sends them, where it is on another GPU.
 
         Raises:
             WeightsError: a digest does not match, and the old weights stay; or the bytes were overwritten
-                while they were loaded, and the engine must not be used until it has loaded others.
+                while they were loaded, or damaged or cut off on a link, and the engine must not be used until
+                it has loaded others.
         """
         self._engine.collective_rpc("start_weight_update")
-        update = {"published": published, "payload": payload}
+        update = {"published": published, "payload": payload, "link": link}
         self._engine.collective_rpc("update_weights", args=(update,))
         self._engine.collective_rpc("finish_weight_update")
         self.forget_prefixes()

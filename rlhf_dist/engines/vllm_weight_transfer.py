@@ -18,7 +18,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import CpuArchEnum, current_platform
 
-from rlhf_dist.types import PublishedWeights, WeightPayload
+from rlhf_dist.engines.nccl_link import NcclReceiver
+from rlhf_dist.types import DeviceAddress, Link, PublishedWeights, WeightPayload
+from rlhf_dist.weights.device_memory import DeviceReceiver
 from rlhf_dist.weights.shared_memory import SharedMemoryReceiver
 from rlhf_dist.weights.transport import Receiver
 
@@ -38,6 +40,7 @@ class SnapshotUpdateInfo(WeightTransferUpdateInfo):
 
     published: PublishedWeights
     payload: WeightPayload | None
+    link: Link | None
 
 
 class SnapshotTransferEngine(WeightTransferEngine[SnapshotInitInfo, SnapshotUpdateInfo]):
@@ -49,7 +52,7 @@ class SnapshotTransferEngine(WeightTransferEngine[SnapshotInitInfo, SnapshotUpda
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """vLLM makes it, once the model is loaded."""
         super().__init__(*args, **kwargs)
-        self._receiver: Receiver = SharedMemoryReceiver()
+        self._linked: NcclReceiver | None = None
         if self.device.type == "cpu":
             _pad_rows_before_packing(self.model)
 
@@ -60,7 +63,7 @@ class SnapshotTransferEngine(WeightTransferEngine[SnapshotInitInfo, SnapshotUpda
         """Nothing yet: the model stays as it is until the snapshot has been verified."""
 
     def receive_weights(self, update_info: SnapshotUpdateInfo) -> None:
-        with self._receiver.receive(update_info.published, update_info.payload) as tensors:
+        with self._receiver(update_info).receive(update_info.published) as tensors:
             initialize_layerwise_reload(self.model)
             self.model.load_weights((name, tensor.to(self.device)) for name, tensor in tensors)
             finalize_layerwise_reload(self.model, self.model_config)
@@ -74,7 +77,18 @@ class SnapshotTransferEngine(WeightTransferEngine[SnapshotInitInfo, SnapshotUpda
         """Nothing left: a snapshot is loaded whole."""
 
     def shutdown(self) -> None:
-        """Holds nothing but the mapping, which ends with the process."""
+        """Leave the link; a mapping ends with the process."""
+        if self._linked is not None:
+            self._linked.close()
+
+    def _receiver(self, update_info: SnapshotUpdateInfo) -> Receiver:
+        if update_info.link is None:
+            on_gpu = isinstance(update_info.published.segment, DeviceAddress)
+            return DeviceReceiver() if on_gpu else SharedMemoryReceiver(update_info.payload)
+        if self._linked is None or self._linked.link != update_info.link:
+            self.shutdown()
+            self._linked = NcclReceiver(update_info.link, self.parallel_config, self.device)
+        return self._linked
 
 
 def _pad_rows_before_packing(model: torch.nn.Module) -> None:

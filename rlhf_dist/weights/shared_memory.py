@@ -57,20 +57,24 @@ class SharedMemoryPublisher:
 class SharedMemoryReceiver:
     """A `Receiver` on the publisher's node; on another it reads the bytes that it is given."""
 
+    def __init__(self, payload: WeightPayload | None = None) -> None:
+        """Args: payload: all bytes of the one snapshot, where this process cannot reach the publisher's."""
+        self._payload = payload
+
     @contextmanager
-    def receive(
-        self, published: PublishedWeights, payload: WeightPayload | None
-    ) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    def receive(self, published: PublishedWeights) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
         """See `Receiver`."""
-        if payload is not None:
-            verify(published.manifest, payload)
-            yield named_tensors(published.manifest, payload)
+        if self._payload is not None:
+            verify(published.manifest, self._payload)
+            yield named_tensors(published.manifest, self._payload)
             return
-        segment = attach(published.segment)
+        address = published.segment
+        assert isinstance(address, SegmentAddress)
+        segment = attach(address)
         if segment is None:
             raise WeightsError(
                 f"weight snapshot version {published.manifest.version} cannot be opened at "
-                f"{published.segment.path}: the learner that wrote it has ended, or is on another node"
+                f"{address.path}: the learner that wrote it has ended, or is on another node"
             )
         segment.check(published)
         verify(published.manifest, segment.data)

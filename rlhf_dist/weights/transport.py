@@ -8,7 +8,13 @@ from typing import Protocol
 
 import torch
 
-from rlhf_dist.types import Probe, PublishedWeights, SegmentAddress, WeightManifest, WeightPayload
+from rlhf_dist.types import (
+    DeviceAddress,
+    Probe,
+    PublishedWeights,
+    SegmentAddress,
+    WeightManifest,
+)
 from rlhf_dist.weights.snapshot import Bucket
 
 
@@ -17,7 +23,7 @@ class Publisher(Protocol):
 
     def publish(
         self, version: int, buckets: Iterable[Bucket], probe: Probe
-    ) -> tuple[WeightManifest, SegmentAddress]:
+    ) -> tuple[WeightManifest, SegmentAddress | DeviceAddress]:
         """Write a snapshot. What it returns is small; the bytes stay until two later ones were published.
 
         Args:
@@ -30,14 +36,11 @@ class Receiver(Protocol):
     """An engine process's end."""
 
     def receive(
-        self, published: PublishedWeights, payload: WeightPayload | None
+        self, published: PublishedWeights
     ) -> AbstractContextManager[Iterator[tuple[str, torch.Tensor]]]:
         """The verified tensors by name, readable inside the block.
 
-        Args:
-            payload: the snapshot's bytes, where this process cannot reach the publisher's; else None.
-
         Raises:
-            WeightsError: on entry, a digest does not match, and nothing was touched; on leaving, the bytes
-                were overwritten meanwhile, and what was read must not be used.
+            WeightsError: on entry, a digest does not match, and nothing was touched; while they come or on
+                leaving, the bytes were damaged or overwritten meanwhile, and what was read must not be used.
         """

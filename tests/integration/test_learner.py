@@ -145,7 +145,7 @@ def learn(
         if save:
             group.save(events, save)
         published = group.publish(events, num_steps, probe_tokens(vocab_size, 64))
-        with SharedMemoryReceiver().receive(published, None) as tensors:
+        with SharedMemoryReceiver().receive(published) as tensors:
             return metrics, {name: tensor.clone() for name, tensor in tensors}
     finally:
         group.end()

@@ -32,7 +32,7 @@ def publish(publisher, version):
 
 
 def received(published, payload=None):
-    with SharedMemoryReceiver().receive(published, payload) as tensors:
+    with SharedMemoryReceiver(payload).receive(published) as tensors:
         return {name: tensor.clone() for name, tensor in tensors}
 
 
@@ -68,7 +68,7 @@ def test_the_version_before_stays_readable_until_the_one_after_the_next_is_begun
 
 
 def test_a_reader_that_is_overtaken_is_told_when_it_has_read(publisher):
-    reading = SharedMemoryReceiver().receive(publish(publisher, 1), None)
+    reading = SharedMemoryReceiver().receive(publish(publisher, 1))
     reading.__enter__()
     publish(publisher, 2)
     publish(publisher, 3)
