@@ -212,9 +212,15 @@ def bench_logprobs(
 
 @bench.command("weights")
 def bench_weights(
-    sizes_mb: Annotated[str, typer.Option(help="Sizes of the model, in MB of float32.")] = "10,100,1000",
+    sizes_mb: Annotated[str, typer.Option(help="Sizes of the model, in MB.")] = "10,100,1000",
     workers: Annotated[str, typer.Option(help="Numbers of rollout workers.")] = "1,2,4",
     rounds: Annotated[int, typer.Option(min=1, help="Measured publications of each case.")] = 7,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0, help="Of the learner and of each rollout worker. 0: on CPU.")
+    ] = 0,
+    transport: Annotated[
+        Literal["auto", "shared_memory", "ipc", "nccl"], typer.Option(help="As weights.transport.")
+    ] = "auto",
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Stack traces, and the workers' output.")
@@ -226,7 +232,15 @@ def bench_weights(
 
         counts = _whole_numbers("--workers", workers)
         cases = [(size, count) for size in _whole_numbers("--sizes-mb", sizes_mb) for count in counts]
-        measure_weights(cases, rounds=rounds, out=out, console=Console(soft_wrap=True), verbose=verbose)
+        measure_weights(
+            cases,
+            rounds=rounds,
+            gpus_per_worker=gpus_per_worker,
+            transport=transport,
+            out=out,
+            console=Console(soft_wrap=True),
+            verbose=verbose,
+        )
 
 
 @bench.command("inputs")

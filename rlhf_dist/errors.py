@@ -49,9 +49,13 @@ class ResourceError(RunError):
 
 
 class WeightsError(RunError):
-    """A worker could not prove that it serves the weights the learner published."""
+    """A worker could not load the weights that the learner published, or not prove that it serves them."""
 
     exit_code = 7
+
+
+class NotProvedError(WeightsError):
+    """A worker's log-probabilities of the probe are not the learner's."""
 
 
 class DeadlineError(RunError):

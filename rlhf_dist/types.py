@@ -187,6 +187,8 @@ class ServedVersion:
     """Answering the probe."""
     proved_at_us: int = 0
     """By the worker's clock, in microseconds since 1970: it samples no token of the version before."""
+    num_loads: int = 1
+    """How often it loaded the snapshot until the proof held."""
 
 
 class SampleInfo(NamedTuple):

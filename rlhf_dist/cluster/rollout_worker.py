@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 
 from rlhf_dist.cluster.liveness import Worker
-from rlhf_dist.errors import WeightsError
+from rlhf_dist.errors import NotProvedError, WeightsError
 from rlhf_dist.types import (
     Completion,
     DeviceAddress,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from rlhf_dist.engines.settings import RolloutSettings
 
+MAX_LOADS = 2
+"""Of one snapshot, until its proof must not fail again."""
 LONGEST_WAIT_S = 0.2
 """For a finished sample until it is handed over, while others are still being generated."""
 
@@ -132,6 +135,8 @@ class RolloutWorker(Worker):
     ) -> ServedVersion | None:
         """Load a snapshot and prove it; `rollout.on_update` says what becomes of the requests under way.
 
+        Where the proof fails the snapshot is loaded once more, and has to be proved then.
+
         Args:
             payload: the snapshot's bytes, for a worker that cannot map the learner's memory.
 
@@ -141,12 +146,25 @@ class RolloutWorker(Worker):
         Raises:
             WeightsError: a digest or the probe does not match; the run must not go on.
         """
-        from rlhf_dist.weights.certificate import prove
-
         in_gpu = isinstance(published.segment, DeviceAddress)
         if not in_gpu and payload is None and not _can_map(published):
             return None
         await self._make_way()
+        for num_loads in range(1, MAX_LOADS + 1):
+            try:
+                served = await self._load_and_prove(published, payload)
+                break
+            except NotProvedError:
+                if num_loads == MAX_LOADS:
+                    raise
+        self._go_on()
+        return replace(served, num_loads=num_loads)
+
+    async def _load_and_prove(
+        self, published: PublishedWeights, payload: WeightPayload | None
+    ) -> ServedVersion:
+        from rlhf_dist.weights.certificate import prove
+
         version, probe = published.manifest.version, published.manifest.probe
         started = time.monotonic()
         if isinstance(published.segment, DeviceAddress) and not self._shares_gpu(published.segment):
@@ -156,10 +174,13 @@ class RolloutWorker(Worker):
         loaded = time.monotonic()
         logprobs = self._engine.prompt_logprobs(probe.tokens)
         difference = prove(self._name, version, probe, logprobs, self._tolerance_nats)
-        load_s, probe_s, proved_at_us = loaded - started, time.monotonic() - loaded, _now_us()
-        self._go_on()
         return ServedVersion(
-            self._name, version, difference, load_s=load_s, probe_s=probe_s, proved_at_us=proved_at_us
+            self._name,
+            version,
+            difference,
+            load_s=loaded - started,
+            probe_s=time.monotonic() - loaded,
+            proved_at_us=_now_us(),
         )
 
     def _shares_gpu(self, segment: DeviceAddress) -> bool:

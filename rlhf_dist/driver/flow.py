@@ -84,7 +84,8 @@ class Flow:
         self._joining: dict[int, Callable[[], None]] = {}
         self._under_way: dict[int, _UnderWay] = {}
         self._started = self._asking = self._ask_again = False
-        self._probe_difference_max = 0.0  # of the version before the newest one, proved by every worker
+        # Of the version before the newest one, proved by every worker.
+        self._probe_difference_max, self._num_repeated_loads = 0.0, 0
         self._limited_by_room = False  # the queue had as many prompts as the workers took, or more
         self._busy = _Busy()
         roles.scoring.handle(ScoringHandlers(self._on_scored, self._on_given_up, self._on_rollouts_lost))
@@ -118,7 +119,9 @@ class Flow:
         """
         self.wait_until_served()
         if self._published is not None:
-            self._probe_difference_max = max(each.max_abs_difference for each in self._proofs.values())
+            proofs = self._proofs.values()
+            self._probe_difference_max = max(each.max_abs_difference for each in proofs)
+            self._num_repeated_loads = sum(each.num_loads - 1 for each in proofs)
         published = self._roles.learner.publish(self.events, version, self._probe_tokens)
         self._published = published
         self._load(self._serving)
@@ -246,6 +249,7 @@ class Flow:
             "step": step,
             "policy_version": step + 1,
             "probe_difference_max": self._probe_difference_max,
+            "num_repeated_loads": self._num_repeated_loads,
             "staleness_max": step - lease.oldest_version,
             "temperature": self._temperature(step),
             "seconds_step": sum(seconds.values()),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_dist.errors import WeightsError
+from rlhf_dist.errors import NotProvedError
 from rlhf_dist.types import Probe
 
 PROBE_NUM_TOKENS = 16
@@ -35,24 +35,24 @@ def prove(worker: str, version: int, probe: Probe, logprobs: Sequence[float], to
         The largest absolute difference, in nats.
 
     Raises:
-        WeightsError: it is above the tolerance (the message gives both numbers), or the probe is empty.
+        NotProvedError: it is above the tolerance (the message gives both numbers), or the probe is empty.
     """
     served, published = np.asarray(logprobs, dtype=np.float64), np.asarray(probe.logprobs, dtype=np.float64)
     if served.shape != published.shape:
-        raise WeightsError(
+        raise NotProvedError(
             f"{worker} answered the probe of policy version {version} with {served.size} log-probabilities, "
             f"the learner published {published.size}"
         )
     with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN, which proves nothing
         differences = np.abs(served - published)
     if not served.size:
-        raise WeightsError(
+        raise NotProvedError(
             f"the probe of policy version {version} has no token to compare, so {worker} can prove nothing; "
             "give the rollout workers a context of at least 3 tokens"
         )
     worst = int(np.argmax(np.where(np.isfinite(differences), differences, np.inf)))
     if not differences[worst] <= tolerance_nats:
-        raise WeightsError(
+        raise NotProvedError(
             f"{worker} does not serve the weights of policy version {version}: for probe token {worst + 1} "
             f"it gives log-probability {served[worst]:.6f}, the learner {published[worst]:.6f} "
             f"(difference {differences[worst]:.2e} nats, allowed {tolerance_nats:.0e}). "

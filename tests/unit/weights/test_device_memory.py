@@ -1,5 +1,5 @@
-"""Snapshots in device memory: written, digested, cut and checked. The CPU stands for the device; mapping and sending
-need a GPU (tests/gpu)."""
+"""Snapshots in device memory: written, digested, cut and checked. The CPU stands for the device; mapping and
+sending need a GPU (tests/gpu)."""
 
 from __future__ import annotations
 
