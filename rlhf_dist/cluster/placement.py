@@ -34,6 +34,7 @@ class RoleShare:
         Waiting OpenMP threads must sleep: with the default they spin, and one busy neighbour then slows
         a worker tenfold. A rollout worker on CPU keeps the memory that it frees: loading weights frees
         every matrix and takes as much again, and getting fresh pages took longer than all the rest of it.
+        FlashInfer's sampler knows no seed for each request, which samples have to follow from.
         """
         variables = {
             "OMP_NUM_THREADS": str(self.threads),
@@ -54,6 +55,8 @@ class RoleShare:
                 "TORCH_COMPILE_DISABLE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             }
+        else:
+            variables["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
         if self.gpus == 0 and self.role == "rollout":
             variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
         return variables

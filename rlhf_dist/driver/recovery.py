@@ -155,6 +155,7 @@ class Recovery:
             if workers.life(index) == life:
                 self._rollout_lost(index, error)
 
+        self._refuse_to_start_again(error)
         if isinstance(error, WeightsError | DataLostError):
             self._ask_learner(learner_lives)
         else:
@@ -202,6 +203,7 @@ class Recovery:
         pool.start(self._events, index, started)
 
     def _scoring_failed(self, index: int, error: RunError) -> None:
+        self._refuse_to_start_again(error)
         pool = self._roles.scoring
         name = pool.workers.name(index)
         loss = self._lost("scoring", name, error, blames_a_sample=pool.is_busy(index))
@@ -319,6 +321,11 @@ class Recovery:
             self._events.sleep(ROOM_EVERY_S)
 
     # ------------------------------------------------------------------------------------------------ all
+
+    def _refuse_to_start_again(self, error: RunError) -> None:
+        """An exception before the run has begun is a fault of the settings or the machine, and no kill."""
+        if self._is_starting and type(error) is WorkerError:
+            raise error
 
     def _lost(
         self,

@@ -40,6 +40,7 @@ SHARED = (
     "learner.gpus_per_worker=0.3",
     "checkpoint.every_steps=2",
     "recovery.heartbeat_timeout_s=20",
+    "recovery.max_restarts=1",
 )
 can_share_nccl = pytest.mark.skipif(
     os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1" and torch.cuda.device_count() < 2,
