@@ -209,6 +209,8 @@ class RolloutReport(NamedTuple):
 
     ordinals: tuple[int, ...]
     """One a sample."""
+    newest_version: int
+    """Policy version of the newest of their tokens."""
     busy_s: float
     """Time that the engine computed since the last report."""
 

@@ -116,7 +116,9 @@ class RolloutWorker(Worker):
             finished, self._finished = self._finished, []
             busy_s, self._busy_s = self._busy_s, 0.0
             yield rollout_batch(finished, producer=self._name, prompts=self._prompts)
-            yield RolloutReport(tuple(each.request.ordinal for each in finished), busy_s)
+            ordinals = tuple(each.request.ordinal for each in finished)
+            newest = max(each.version_spans[-1].version for each in finished)
+            yield RolloutReport(ordinals, newest, busy_s)
 
     async def answer(self, rows: Sequence[int]) -> list[str]:
         """Greedy responses to rows of the data set, for people to read."""

@@ -81,6 +81,8 @@ class Flow:
         self._published: PublishedWeights | None = None
         self._serving: set[int] = set()  # rollout workers that get every new version
         self._proofs: dict[int, ServedVersion] = {}
+        self._noted: dict[int, int] = {}  # the newest version of each whose proof is in the journal
+        self._unproved: defaultdict[int, list[tuple[ray.ObjectRef, RolloutReport]]] = defaultdict(list)
         self._joining: dict[int, Callable[[], None]] = {}
         self._under_way: dict[int, _UnderWay] = {}
         self._started = self._asking = self._ask_again = False
@@ -161,7 +163,7 @@ class Flow:
         (index,) = [each for each in self._serving if self._roles.rollout.workers.name(each) == proof.worker]
         before = self._proofs.get(index)
         self._proofs[index] = proof
-        self._ask_queue_to_note(proof)
+        self._ask_queue_to_note(index, proof)
         if published is not self._published:
             if before is not None and before.version > proof.version and self._published is not None:
                 self._load({index})  # two loads were under way, and the older one came last
@@ -171,9 +173,20 @@ class Flow:
         if self._started:
             self._hand_out()
 
-    def _ask_queue_to_note(self, proof: ServedVersion) -> None:
+    def _ask_queue_to_note(self, index: int, proof: ServedVersion) -> None:
+        """Have a proof in the journal; before, no sample of that version is scored, and so none is there."""
+        workers = self._roles.rollout.workers
+        life = workers.life(index)
+
+        def then(_: None) -> None:
+            if workers.life(index) != life:
+                return
+            self._noted[index] = max(proof.version, self._noted.get(index, proof.version))
+            for batch, report in self._unproved.pop(index, []):
+                self._score(index, batch, report)
+
         call = partial(self._roles.queue.served, [proof])
-        self.queue.ask(call, timeout_s=self._config.cluster.step_timeout_s)
+        self.queue.ask(call, then, timeout_s=self._config.cluster.step_timeout_s)
 
     def _oldest_version(self) -> int:
         return min(proof.version for proof in self._proofs.values())
@@ -188,15 +201,15 @@ class Flow:
         """
         self._serving.add(index)
         self._joining[index] = on_served
-        self._roles.rollout.listen(self.events, index, self._on_rollouts)
+        self._roles.rollout.listen(self.events, index, partial(self._on_rollouts, index))
         if self._published is not None:
             self._load({index})
 
     def leave(self, index: int) -> set[int]:
         """A rollout worker is gone; returns the prompts that it had under way."""
         self._serving.discard(index)
-        self._proofs.pop(index, None)
-        self._joining.pop(index, None)
+        for by_worker in (self._proofs, self._joining, self._noted, self._unproved):
+            by_worker.pop(index, None)
         name = self._roles.rollout.workers.name(index)
         lost = {ordinal for ordinal, each in self._under_way.items() if each.worker == name}
         for ordinal in lost:
@@ -307,15 +320,22 @@ class Flow:
         if self._ask_again or (self._limited_by_room and has_room):
             self.hand_out()
 
-    def _on_rollouts(self, batch: ray.ObjectRef, report: RolloutReport) -> None:
+    def _on_rollouts(self, index: int, batch: ray.ObjectRef, report: RolloutReport) -> None:
         self._busy.rollout_s += report.busy_s
         for ordinal in report.ordinals:
             if ordinal in self._under_way:
                 self._under_way[ordinal].num_to_generate -= 1
-        temperature = self._temperature_of(report.ordinals[0])
-        self._roles.scoring.score(self.events, batch, report, temperature)
+        self._score(index, batch, report)
         if self._limited_by_room:
             self.hand_out()
+
+    def _score(self, index: int, batch: ray.ObjectRef, report: RolloutReport) -> None:
+        """Have a worker's rollouts scored, once the proof of all their versions is in the journal."""
+        if report.newest_version > self._noted.get(index, -1):
+            self._unproved[index].append((batch, report))
+            return
+        temperature = self._temperature_of(report.ordinals[0])
+        self._roles.scoring.score(self.events, batch, report, temperature)
 
     # ------------------------------------------------------------------------------------------ experience
 
