@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from rlhf_dist.algorithms import make_algorithm
 from rlhf_dist.cluster.events import Events
 from rlhf_dist.cluster.experience_queue import LeasedBatch
 from rlhf_dist.cluster.learner_group import LearnerGroup
@@ -35,6 +34,7 @@ from rlhf_dist.driver.export import discard_half_export, export_policy
 from rlhf_dist.driver.flow import policy_digest
 from rlhf_dist.driver.learner import start_learner
 from rlhf_dist.driver.preparation import Models, check_trust_region, context_tokens, role_models, shares
+from rlhf_dist.driver.resumption import check_reference
 from rlhf_dist.driver.run_folder import RunFolder
 from rlhf_dist.driver.starting_point import Damaged, has_samples, newest_whole_checkpoint
 from rlhf_dist.engines.loading import check_checkpoint, vocabulary_size
@@ -308,12 +308,7 @@ def _check_learner(config: Config, recorded: Config, models: Models) -> None:
     check_checkpoint(models.policy, "policy")
     if models.value is not None:
         check_checkpoint(models.value, "value")
-    if make_algorithm(config.algorithm).needs.reference > make_algorithm(recorded.algorithm).needs.reference:
-        raise ConfigError(
-            f"algorithm.name={config.algorithm.name} with algorithm.kl.coef={config.algorithm.kl.coef:g} "
-            "needs the reference's log-probabilities, which the run did without and so did not write down; "
-            "set algorithm.kl.coef=0"
-        )
+    check_reference(config, recorded)
 
 
 def _check_checkpoint(checkpoint: Path, config: Config) -> None:

@@ -11,7 +11,8 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf_dist.config import ABSENT, Config, Difference, differences, read_tree
+from rlhf_dist.algorithms import make_algorithm
+from rlhf_dist.config import ABSENT, Config, Difference, differences, load_config, read_tree
 from rlhf_dist.data.prompts import Fingerprint, PromptSet
 from rlhf_dist.driver.run_folder import RunFolder, write_json
 from rlhf_dist.errors import ConfigError, DataError, RunError
@@ -54,7 +55,23 @@ def check_settings(folder: RunFolder, config: Config) -> list[Difference]:
                 ]
             )
         )
+    if any(each.key.startswith("algorithm.") for each in found):
+        check_reference(config, load_config(folder.config))
     return found
+
+
+def check_reference(config: Config, recorded: Config) -> None:
+    """Samples have log-probabilities of the reference only where the run took them.
+
+    Raises:
+        ConfigError: they are needed now, and were not then.
+    """
+    if make_algorithm(config.algorithm).needs.reference > make_algorithm(recorded.algorithm).needs.reference:
+        raise ConfigError(
+            f"algorithm.name={config.algorithm.name} with algorithm.kl.coef={config.algorithm.kl.coef:g} "
+            "needs the reference's log-probabilities, which the run did without and so did not write down; "
+            "set algorithm.kl.coef=0"
+        )
 
 
 def check_prompts(folder: RunFolder, config: Config, prompts: PromptSet) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -193,8 +192,7 @@ def _reinforce(
         progress.phase("exporting the policy")
         recovery.survive(partial(_export, config, folder, models, roles, flow), next_step=num_steps)
         after = recovery.survive(partial(flow.answers, rows), next_step=num_steps)
-        answers = json.loads(folder.answers.read_text(encoding="utf-8"))
-        write_json(folder.answers, answers | {"after": after})
+        write_json(folder.answers, folder.read_answers() | {"after": after})
 
 
 def _export(config: Config, folder: RunFolder, models: Models, roles: Roles, flow: Flow) -> None:
@@ -306,7 +304,7 @@ def _num_sample_answers(config: Config, folder: RunFolder, first_step: int) -> i
     """Prompts that are answered after training: once it has begun, those that were answered before it."""
     if first_step == 0:
         return config.run.num_sample_answers
-    return len(json.loads(folder.answers.read_text(encoding="utf-8"))["prompts"])
+    return len(folder.read_answers()["prompts"])
 
 
 def _sample_rows(num_rows: int, count: int) -> list[int]:
@@ -315,5 +313,5 @@ def _sample_rows(num_rows: int, count: int) -> list[int]:
 
 
 def _answers(folder: RunFolder) -> list[tuple[str, str, str]]:
-    answers = json.loads(folder.answers.read_text(encoding="utf-8"))
+    answers = folder.read_answers()
     return list(zip(answers["prompts"], answers["before"], answers["after"], strict=True))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_dist.errors import ConfigError, StorageError
+from rlhf_dist.experience.files import sync_folder
 from rlhf_dist.experience.journal import JOURNAL_FOLDER
 from rlhf_dist.experience.steps import STEPS_FILE
 
@@ -116,18 +117,48 @@ class RunFolder:
         return self.holds_run() or (self.journal / STEPS_FILE).exists()
 
     def clear(self) -> None:
-        """Delete what an earlier run left here."""
-        for path in (
+        """Delete what an earlier run left here.
+
+        Raises:
+            StorageError: some of it cannot be deleted.
+        """
+        folders = (
             self.initial_policy,
             self.sft_policy,
             self.policy,
             self.policy_adapter,
             self.checkpoints,
             self.journal,
-        ):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in (self.metrics, self.events, self.answers, self.config, self.prompts):
-            path.unlink(missing_ok=True)
+        )
+        files = (self.metrics, self.events, self.answers, self.config, self.prompts)
+        for path in (*folders, *files):
+            try:
+                if path in folders:
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise StorageError(
+                    f"{error.filename or path} of an earlier run cannot be deleted ({error.strerror}); "
+                    "delete it, or set run.dir to a new folder"
+                ) from error
+
+    def read_answers(self) -> dict[str, list[str]]:
+        """What `answers` has; no prompts where it is gone.
+
+        Raises:
+            StorageError: it is broken.
+        """
+        try:
+            return json.loads(self.answers.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {"prompts": [], "before": [], "after": []}
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"{self.answers} cannot be read ({error}); delete it to go on without sample answers"
+            ) from error
 
 
 @contextmanager
@@ -212,6 +243,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()

@@ -28,7 +28,6 @@ NUM_STEPS = 6
 SHARED = (
     f"run.num_steps={NUM_STEPS}",
     "run.num_sample_answers=1",
-    "sft.num_steps=20",
     "rollout.num_workers=1",
     "rollout.gpus_per_worker=0.3",
     "rollout.gpu_memory_utilization=0.1",

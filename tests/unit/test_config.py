@@ -200,6 +200,11 @@ def test_an_unknown_algorithm_names_those_there_are(file):
             "cluster.step_timeout_s + cluster.weights_timeout_s = 4500",
         ),
         (
+            ("weights.transport=ipc", "learner.gpus_per_worker=1"),
+            "weights.transport=ipc is from GPU to GPU; learner.gpus_per_worker=1 and "
+            "rollout.gpus_per_worker=0 must both be above 0; or use weights.transport=auto",
+        ),
+        (
             ("experience.max_staleness=1", "rollout.sampling.temperature_final=0.5"),
             "rollout.sampling.temperature_final changes the temperature from step to step, and with "
             "experience.max_staleness=1 steps overlap; drop one of them",

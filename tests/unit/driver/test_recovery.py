@@ -213,7 +213,7 @@ def test_losses_count_until_the_run_has_done_another_step_and_repeating_one_is_n
         made.lose(made.rollout, 0)
 
 
-# ------------------------------------------------------------------------------------------ room for others
+# ------------------------------------------------------------------------------------------------ the start
 
 
 @pytest.fixture
@@ -226,6 +226,22 @@ def start(monkeypatch):
         made.recovery.start(0)
 
     return do
+
+
+@pytest.mark.parametrize("role", ["rollout", "scoring"])
+def test_an_exception_before_the_run_has_begun_ends_it_at_once(system, start, role):
+    made = system()
+    broken = WorkerError(f"{role} worker 0 failed to start: ModuleNotFoundError: No module named 'flash'")
+    with pytest.raises(WorkerError, match="No module named 'flash'"):
+        start(made, lambda: made.lose(getattr(made, role), 0, broken))
+    assert getattr(made, role).workers.replaced == []
+
+
+def test_a_process_that_dies_before_the_run_has_begun_is_replaced(system, start):
+    made = system()
+    start(made, lambda: made.lose(made.rollout, 1))
+    made.events.pass_by(0)
+    assert made.rollout.workers.replaced == [1]
 
 
 def test_while_a_run_starts_the_place_of_a_worker_has_a_deadline_even_if_others_are_left(system, start):

@@ -253,3 +253,12 @@ def test_a_new_run_repeats_nothing(tmp_path, config):
     recorded = recorded_policies(RunFolder(tmp_path), deterministic(config), 0, [], print)
     recorded.check(0, "any")
     assert len(recorded) == 0
+
+
+def test_a_kl_to_a_reference_that_the_samples_were_scored_without_is_refused(folder, config):
+    folder.config.write_text(to_yaml(config(algorithm={"name": "ppo", "kl": {"coef": 0}})))
+    check_settings(folder, config(algorithm={"name": "ppo", "kl": {"coef": 0}, "num_epochs": 7}))
+    with pytest.raises(
+        ConfigError, match=r"needs the reference's log-probabilities.*set algorithm.kl.coef=0"
+    ):
+        check_settings(folder, config(algorithm={"name": "ppo", "kl": {"coef": 0.1}}))

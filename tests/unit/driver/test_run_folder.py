@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -272,12 +274,13 @@ def test_a_write_that_fails_leaves_the_old_text(where, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_text_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_the_text_is_on_disk_before_it_gets_its_name_and_the_name_after(tmp_path, monkeypatch):
     events = []
     fsync, rename = os.fsync, Path.rename
 
     def record_sync(descriptor):
-        events.append(("synced", os.fstat(descriptor).st_size))
+        status = os.fstat(descriptor)
+        events.append(("synced", "folder" if stat.S_ISDIR(status.st_mode) else status.st_size))
         fsync(descriptor)
 
     def record_rename(path, target):
@@ -287,7 +290,7 @@ def test_the_text_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", record_sync)
     monkeypatch.setattr("pathlib.Path.rename", record_rename)
     write_atomically(tmp_path / "a.json", "12345")
-    assert events == [("synced", 5), ("renamed", "a.json")]
+    assert events == [("synced", 5), ("renamed", "a.json"), ("synced", "folder")]
 
 
 def test_json_is_readable_text(tmp_path):
@@ -297,3 +300,26 @@ def test_json_is_readable_text(tmp_path):
     assert json.loads(text) == {"prompts": ["Où ?"], "n": None}
     assert "Où ?" in text
     assert text.endswith("}\n")
+
+
+def test_what_an_earlier_run_left_and_cannot_be_deleted_is_named(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    folder.journal.mkdir()
+
+    def refuse(path):
+        if path == folder.journal:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path / "steps.jsonl"))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(StorageError) as error:
+        folder.clear()
+    assert f"{folder.journal / 'steps.jsonl'} of an earlier run cannot be deleted" in str(error.value)
+
+
+def test_sample_answers_that_are_gone_are_none_and_broken_ones_are_named(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert folder.read_answers()["prompts"] == []
+    folder.answers.write_text('{"prompts": [')
+    with pytest.raises(StorageError, match=r"answers\.json cannot be read .*; delete it to go on"):
+        folder.read_answers()
