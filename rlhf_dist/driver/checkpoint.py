@@ -29,9 +29,9 @@ from typing import Any
 
 from rlhf_dist.config import CheckpointSettings, Config
 from rlhf_dist.driver.run_folder import write_json
+from rlhf_dist.durable import sync_folder
 from rlhf_dist.engines.checkpoint_files import digest_of
 from rlhf_dist.errors import ConfigError, StorageError
-from rlhf_dist.experience.files import sync_folder
 from rlhf_dist.observability.metrics import Metrics
 from rlhf_dist.types import FileDigest
 

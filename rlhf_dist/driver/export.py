@@ -10,9 +10,9 @@ from pathlib import Path
 from rlhf_dist.cluster.events import Events
 from rlhf_dist.cluster.learner_group import LearnerGroup
 from rlhf_dist.cluster.rank_group import RankGroup
+from rlhf_dist.durable import sync_folder, sync_tree
 from rlhf_dist.engines.loading import load_tokenizer
 from rlhf_dist.errors import StorageError
-from rlhf_dist.experience.files import sync_folder, sync_tree
 
 
 def export_policy(ranks: RankGroup, events: Events, folder: Path, *, tokenizer_of: str) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_dist.durable import sync_folder
 from rlhf_dist.errors import ConfigError, StorageError
-from rlhf_dist.experience.files import sync_folder
 from rlhf_dist.experience.journal import JOURNAL_FOLDER
 from rlhf_dist.experience.steps import STEPS_FILE
 

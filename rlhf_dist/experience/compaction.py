@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from rlhf_dist.durable import sync_folder
 from rlhf_dist.errors import RunError
-from rlhf_dist.experience.files import sync_folder
 from rlhf_dist.experience.journal import (
     ARCHIVE_SUFFIX,
     SEGMENT_SUFFIX,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from rlhf_dist.experience.files import JsonLinesLog, Record, read_json_lines
+from rlhf_dist.durable import JsonLinesLog, Record, read_json_lines
 
 DEAD_LETTER_FILE = "dead-letter.jsonl"
 

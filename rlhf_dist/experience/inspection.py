@@ -12,8 +12,8 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_dist.durable import Record, read_json_lines
 from rlhf_dist.experience.dead_letter import DEAD_LETTER_FILE
-from rlhf_dist.experience.files import Record, read_json_lines
 from rlhf_dist.experience.journal import JournalReader, open_journal
 from rlhf_dist.experience.steps import STEPS_FILE, LearnerStep, StepHistory, read_history
 

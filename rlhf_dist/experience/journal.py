@@ -27,8 +27,8 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from rlhf_dist.durable import sync_folder
 from rlhf_dist.errors import RunError, StorageError
-from rlhf_dist.experience.files import sync_folder
 from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA, check_version
 from rlhf_dist.experience.steps import read_history
 from rlhf_dist.types import BatchPlace, BatchRows

@@ -30,9 +30,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple
 
+from rlhf_dist.durable import Record
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.experience import steps
-from rlhf_dist.experience.files import Record
 from rlhf_dist.experience.journal import JournalReader
 from rlhf_dist.experience.ordinals import OrdinalIndex, Ordinals
 from rlhf_dist.experience.schema import INFO_COLUMNS, sample_infos

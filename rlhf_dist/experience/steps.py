@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf_dist.experience.files import JsonLinesLog, Record, read_json_lines
+from rlhf_dist.durable import JsonLinesLog, Record, read_json_lines
 from rlhf_dist.types import BatchPlace, BatchRows, SampleInfo
 
 STEPS_FILE = "steps.jsonl"

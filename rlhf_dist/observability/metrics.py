@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_dist.durable import read_json_lines, sync_folder
 from rlhf_dist.errors import StorageError
-from rlhf_dist.observability.lines import read_lines
 
 Metrics = dict[str, Any]
 
@@ -32,7 +32,7 @@ class MetricsLog:
         self._write(temporary, "w", kept)
         with self._writing():
             temporary.rename(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def append(self, metrics: Metrics) -> None:
         """Write one step.
@@ -64,16 +64,7 @@ def read_metrics(path: Path) -> list[Metrics]:
     Raises:
         RunError: a line before the last is broken.
     """
-    return read_lines(path)[0]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a rename in it on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return read_json_lines(path).records
 
 
 def _line(metrics: Metrics) -> str:

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.durable import read_json_lines
 from rlhf_dist.errors import StorageError
-from rlhf_dist.observability.lines import read_lines
 
 
 class RunEvents:
@@ -98,7 +98,7 @@ def _cut_torn_line(path: Path) -> None:
     """What a process that ended meanwhile had written of its last line."""
     if path.exists():
         try:
-            os.truncate(path, read_lines(path)[1])
+            os.truncate(path, path.stat().st_size - read_json_lines(path).num_torn_bytes)
         except OSError as error:
             raise _cannot_write(path, error) from error
 
@@ -109,4 +109,4 @@ def read_run_events(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: a line before the last is broken.
     """
-    return read_lines(path)[0]
+    return read_json_lines(path).records

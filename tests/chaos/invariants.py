@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 
-from rlhf_dist.experience.files import read_json_lines
+from rlhf_dist.durable import read_json_lines
 from rlhf_dist.experience.inspection import inspect_run
 from rlhf_dist.experience.journal import JOURNAL_FOLDER, open_journal, read_table
 from rlhf_dist.experience.steps import STEPS_FILE, read_history

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from rlhf_dist.durable import JsonLines, JsonLinesLog, read_json_lines
 from rlhf_dist.errors import RunError, StorageError
-from rlhf_dist.experience.files import JsonLines, JsonLinesLog, read_json_lines
 
 
 @pytest.fixture
