@@ -44,6 +44,8 @@ WARM_UP_ROUNDS = 4
 """Both segments are mapped in the first two, and the engine's allocator knows its sizes after two more."""
 MEMCPY_BUFFER_BYTES = 256_000_000
 """Larger sizes are copied piece by piece; it is many times a core's cache."""
+TOLERANCE_FACTOR = 10
+"""An untrained model is not used to its rounding: in bfloat16 it differs by 0.2 nats at a width of 2048."""
 ELEMENTS_PER_LAYER = 13
 """Of a layer of `save_tiny_causal_lm` for each squared unit of its width: attention 4, MLP 9."""
 HIDDEN_SIZES = (64, 128, 256, 512, 1024, 2048)
@@ -150,7 +152,7 @@ def _measure(
         model=model,
         dtype=dtype_name,
         context_tokens=CONTEXT_TOKENS,
-        probe_tolerance_nats=10 * TOLERANCE_NATS[dtype_name],
+        probe_tolerance_nats=TOLERANCE_FACTOR * TOLERANCE_NATS[dtype_name],
         seed=0,
         deterministic=False,
         transport=transport,

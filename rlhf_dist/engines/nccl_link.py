@@ -63,6 +63,8 @@ class NcclLink:
         Raises:
             WeightsError: the other side gave up, or the deadline is past. The link is of no more use.
         """
+        if self.is_closed:
+            raise WeightsError("weights cannot be sent from GPU to GPU: the link was closed")
         self._stream.wait_stream(torch.cuda.current_stream())
         self._communicator.broadcast(tensor, src=0, stream=self._stream)
         done = torch.cuda.Event()
@@ -78,9 +80,14 @@ class NcclLink:
                 raise WeightsError(f"weights that were sent from GPU to GPU did not arrive: {reason}")
             time.sleep(POLL_S)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it is of no more use."""
+        return self._closed.is_set()
+
     def close(self) -> None:
         """Abort what is under way, and have the other side told."""
-        if self._closed.is_set():
+        if self.is_closed:
             return
         self._closed.set()
         with suppress(DistError):  # the learner, whose store it is, has ended
@@ -88,7 +95,7 @@ class NcclLink:
         self._communicator.destroy()
 
     def _why_broken(self) -> str | None:
-        if self._closed.is_set():
+        if self.is_closed:
             return "the link was closed"
         try:
             return "the other side gave up" if self._store.check([FAILED]) else None
@@ -131,6 +138,10 @@ class _Open:
     link: Link
     end: NcclLink | None = None
 
+    @property
+    def is_broken(self) -> bool:
+        return self.end is not None and self.end.is_closed
+
 
 class Senders:
     """The learner's ends, one for each engine. Its methods may be called from several threads."""
@@ -148,7 +159,7 @@ class Senders:
         """
         with self._lock:
             before = self._open.get(engine)
-            if before is not None and before.life == life:
+            if before is not None and before.life == life and not before.is_broken:
                 return before.link
             self._open[engine] = _Open(life, link)
         if before is not None and before.end is not None:
