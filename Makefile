@@ -42,6 +42,10 @@ test-unit: $(READY) ## Only the fast tests: no Ray, no engine
 test-integration: $(READY) ## Only the tests with real workers
 	$(PYTEST) tests/integration --numprocesses 2 --dist loadfile $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: ## What only a GPU shows, in the environment that is active (requirements/gpu.txt)
+	python -m pytest tests/gpu $(ARGS)
+
 .PHONY: chaos
 chaos: $(READY) ## Kill everything at seeded moments, for hours if asked: ARGS="--chaos-runs 20 --chaos-seed 7"
 	$(PYTEST) tests/chaos --chaos-runs 1 --chaos-out runs/chaos.json $(ARGS)
