@@ -15,7 +15,6 @@ learner's: from the sampler's, d would be the gap between the two as well.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -23,9 +22,8 @@ from pydantic import Field, model_validator
 
 from rlhf_dist.algorithms.base import MicroBatch, Stats
 from rlhf_dist.algorithms.parts.critic import CriticRecipe, CriticSettings
-from rlhf_dist.algorithms.parts.surrogate import denominators, total
+from rlhf_dist.algorithms.parts.surrogate import plain_surrogate, total
 from rlhf_dist.ops.kl import kl_estimate
-from rlhf_dist.ops.losses import policy_loss
 from rlhf_dist.ops.masked import keep
 
 TOLERANCE = 1.5
@@ -83,22 +81,11 @@ class Recipe(CriticRecipe):
         self.beta = settings.penalty_coef
 
     def surrogate(self, logprobs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Stats]:
-        loss, stats = policy_loss(
-            logprobs,
-            micro.old_logprobs,
-            micro.advantages,
-            micro.mask,
-            clip_low=1.0,  # the range (0, inf): every ratio
-            clip_high=math.inf,
-            weights=micro.weights,
-            aggregation=self.settings.aggregation,
-            **denominators(self.settings, micro),
-        )
+        loss, stats = plain_surrogate(self.settings, logprobs, micro)
         log_ratio = keep(logprobs, micro.mask) - keep(micro.old_logprobs, micro.mask)
         shift = kl_estimate(-log_ratio, torch.zeros_like(log_ratio), "k3", micro.mask)  # [b, T]
         if micro.weights is not None:
             shift = shift * keep(micro.weights, micro.mask)
-        stats = {name: value for name, value in stats.items() if "clip" not in name}
         beta = torch.tensor(self.beta)
         return loss + self.beta * total(self.settings, shift, micro), stats | {"penalty_coef": beta}
 

@@ -19,7 +19,6 @@ so of what has to improve.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -27,8 +26,7 @@ from pydantic import Field, model_validator
 
 from rlhf_dist.algorithms.base import MicroBatch, Needs, Stats, TrustRegion
 from rlhf_dist.algorithms.parts.critic import CriticRecipe, CriticSettings
-from rlhf_dist.algorithms.parts.surrogate import denominators
-from rlhf_dist.ops.losses import policy_loss
+from rlhf_dist.algorithms.parts.surrogate import plain_surrogate
 
 
 class Settings(CriticSettings):
@@ -73,15 +71,4 @@ class Recipe(CriticRecipe):
         return Needs(value_model=True, reference=settings.kl.coef > 0, trust_region=region)
 
     def surrogate(self, logprobs: torch.Tensor, micro: MicroBatch) -> tuple[torch.Tensor, Stats]:
-        loss, stats = policy_loss(
-            logprobs,
-            micro.old_logprobs,
-            micro.advantages,
-            micro.mask,
-            clip_low=1.0,  # the range (0, inf): every ratio
-            clip_high=math.inf,
-            weights=micro.weights,
-            aggregation=self.settings.aggregation,
-            **denominators(self.settings, micro),
-        )
-        return loss, {name: value for name, value in stats.items() if "clip" not in name}
+        return plain_surrogate(self.settings, logprobs, micro)

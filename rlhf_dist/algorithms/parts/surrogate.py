@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,6 +39,24 @@ def clipped_surrogate(
         aggregation=settings.aggregation,
         **denominators(settings, micro),
     )
+
+
+def plain_surrogate(
+    settings: AlgorithmSettings, logprobs: torch.Tensor, micro: MicroBatch
+) -> tuple[torch.Tensor, Stats]:
+    """The surrogate of token ratios without clipping (Schulman et al. 2015, eq. 14), logprobs [b, T]."""
+    loss, stats = policy_loss(
+        logprobs,
+        micro.old_logprobs,
+        micro.advantages,
+        micro.mask,
+        clip_low=1.0,  # the range (0, inf): every ratio
+        clip_high=math.inf,
+        weights=micro.weights,
+        aggregation=settings.aggregation,
+        **denominators(settings, micro),
+    )
+    return loss, {name: value for name, value in stats.items() if "clip" not in name}
 
 
 def total(settings: AlgorithmSettings, per_token: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
