@@ -29,6 +29,7 @@ from rlhf_dist.bench.queue_workers import Producer, Reader
 from rlhf_dist.cluster.calls import Call, wait_for_all
 from rlhf_dist.cluster.events import Events
 from rlhf_dist.cluster.experience_queue import ExperienceQueue, QueueClient
+from rlhf_dist.cluster.liveness import Worker
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.workers import Workers
@@ -163,7 +164,7 @@ def _measure(num_producers: int, sizes: Sizes, seconds: float) -> Case:
 
 
 def _workers(
-    worker_class: type, count: int, arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
+    worker_class: type[Worker], count: int, arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]]
 ) -> Workers:
     """Actors that reserve next to nothing: what they may use is the machine's to say."""
     share = RoleShare(worker_class.__name__.lower(), count, cpus=0.01, gpus=0, threads=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_dist.bench.queue_figures import Reading
+from rlhf_dist.cluster.liveness import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,7 @@ NUM_TEMPLATES = 4
 READ_TIMEOUT_S = 60
 
 
-class Producer:
+class Producer(Worker):
     """Stands for a scoring worker from where it has scored a batch."""
 
     def __init__(self, name: str, journal: Path, *, segment_bytes: int) -> None:
@@ -51,7 +52,7 @@ class Producer:
         return batch, batch_info(batch, self._writer.append(batch))
 
 
-class Reader:
+class Reader(Worker):
     """Stands for a learner rank up to where its step begins."""
 
     def __init__(self, journal: Path) -> None:

@@ -10,7 +10,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 
 from rlhf_dist.cluster.calls import Call
 from rlhf_dist.cluster.events import Events, Handler
-from rlhf_dist.cluster.liveness import Heartbeats, actor_class_of
+from rlhf_dist.cluster.liveness import Heartbeats, Worker, actor_class_of
 from rlhf_dist.cluster.placement import RoleShare, options_in, reserve
 from rlhf_dist.errors import RunError
 
@@ -27,7 +27,7 @@ class Workers:
 
     def __init__(
         self,
-        worker_class: type,
+        worker_class: type[Worker],
         share: RoleShare,
         *,
         placement_timeout_s: float,
