@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import ray
 from ray.exceptions import ObjectLostError
 
+from rlhf_dist.cluster.imports import without_garbage_collection
 from rlhf_dist.cluster.liveness import NUM_SENDING, SENDING
 from rlhf_dist.cluster.process_group import RankWorker, Rendezvous, free_port
 from rlhf_dist.types import DeviceAddress, FileDigest, Link, PublishedWeights
@@ -53,9 +54,10 @@ class LearnerWorker(RankWorker):
         self._journal, self._timeout_s = journal, collective_timeout_s
         self._weights_timeout_s = weights_timeout_s
         self._join(rendezvous, settings, collective_timeout_s)
-        from rlhf_dist.algorithms import make_algorithm
-        from rlhf_dist.engines.learner import Learner
-        from rlhf_dist.engines.loading import torch_dtype
+        with without_garbage_collection():
+            from rlhf_dist.algorithms import make_algorithm
+            from rlhf_dist.engines.learner import Learner
+            from rlhf_dist.engines.loading import torch_dtype
 
         self._learner = Learner(
             settings,

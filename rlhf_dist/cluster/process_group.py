@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from rlhf_dist.cluster.imports import without_garbage_collection
 from rlhf_dist.cluster.liveness import Worker
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class RankWorker(Worker):
 
     def _join(self, rendezvous: Rendezvous, settings: LearnerSettings, timeout_s: float) -> None:
         """Join the group; `timeout_s` is the deadline of each later collective."""
-        from rlhf_dist.engines.collectives import join_group
+        with without_garbage_collection():
+            from rlhf_dist.engines.collectives import join_group
 
         join_group(
             rendezvous.host,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 
+from rlhf_dist.cluster.imports import without_garbage_collection
 from rlhf_dist.cluster.liveness import Worker
 from rlhf_dist.errors import NotProvedError, WeightsError
 from rlhf_dist.types import (
@@ -83,7 +84,8 @@ class RolloutWorker(Worker):
 
     async def start(self) -> None:
         """Load the model into a vLLM engine, and begin to step it."""
-        from rlhf_dist.engines.vllm_engine import VLLMEngine
+        with without_garbage_collection():
+            from rlhf_dist.engines.vllm_engine import VLLMEngine
 
         self._engine = VLLMEngine(
             self._model, self._settings, context_tokens=self._context_tokens, dtype=self._dtype

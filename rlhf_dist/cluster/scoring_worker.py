@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_dist.cluster.imports import without_garbage_collection
 from rlhf_dist.cluster.liveness import Worker
 from rlhf_dist.types import FailedSample, ScoreReport
 
@@ -38,11 +39,12 @@ class ScoringWorker(Worker):
 
     def start(self) -> None:
         """Load the models and functions."""
-        import torch
+        with without_garbage_collection():
+            import torch
 
-        from rlhf_dist.engines.loading import torch_dtype
-        from rlhf_dist.engines.scorer_engine import ForwardPasses, ScorerEngine
-        from rlhf_dist.experience.journal import JournalWriter
+            from rlhf_dist.engines.loading import torch_dtype
+            from rlhf_dist.engines.scorer_engine import ForwardPasses, ScorerEngine
+            from rlhf_dist.experience.journal import JournalWriter
 
         self._writer = JournalWriter(self._journal, self._name, max_segment_bytes=self._segment_bytes)
         on_gpu = self._settings.gpus_per_worker > 0
