@@ -22,6 +22,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 
+class AttemptId(NamedTuple):
+    """One of the times that a prompt was handed out."""
+
+    ordinal: int
+    attempt: int
+
+
 class PromptAttempt(NamedTuple):
     """A prompt handed out for generation."""
 
@@ -207,8 +214,8 @@ class SampleInfo(NamedTuple):
 class RolloutReport(NamedTuple):
     """What a rollout worker says of a batch of finished samples."""
 
-    ordinals: tuple[int, ...]
-    """One a sample."""
+    samples: tuple[AttemptId, ...]
+    """Which attempt at which prompt each sample is of."""
     newest_version: int
     """Policy version of the newest of their tokens."""
     busy_s: float

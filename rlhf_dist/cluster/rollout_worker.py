@@ -15,6 +15,7 @@ from rlhf_dist.cluster.imports import without_garbage_collection
 from rlhf_dist.cluster.liveness import Worker
 from rlhf_dist.errors import NotProvedError, WeightsError
 from rlhf_dist.types import (
+    AttemptId,
     Completion,
     DeviceAddress,
     GenerationRequest,
@@ -118,9 +119,9 @@ class RolloutWorker(Worker):
             finished, self._finished = self._finished, []
             busy_s, self._busy_s = self._busy_s, 0.0
             yield rollout_batch(finished, producer=self._name, prompts=self._prompts)
-            ordinals = tuple(each.request.ordinal for each in finished)
+            samples = tuple(AttemptId(each.request.ordinal, each.request.attempt) for each in finished)
             newest = max(each.version_spans[-1].version for each in finished)
-            yield RolloutReport(ordinals, newest, busy_s)
+            yield RolloutReport(samples, newest, busy_s)
 
     async def answer(self, rows: Sequence[int]) -> list[str]:
         """Greedy responses to rows of the data set, for people to read."""

@@ -23,7 +23,7 @@ from rlhf_dist.config import ClusterSettings
 from rlhf_dist.engines.settings import ScoringSettings
 from rlhf_dist.errors import DataLostError, RewardTimeoutError, RunError
 from rlhf_dist.rewards.settings import RewardSettings
-from rlhf_dist.types import RolloutReport, ScoreReport
+from rlhf_dist.types import AttemptId, RolloutReport, ScoreReport
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class ScoringJob:
     """Rows of a rollout batch that are to be scored."""
 
     rollouts: ray.ObjectRef
-    ordinals: tuple[int, ...]
-    """Of all rows of the batch."""
+    samples: tuple[AttemptId, ...]
+    """All rows of the batch."""
     rows: tuple[int, ...]
     """Those that are to be scored."""
     temperature: float
@@ -44,7 +44,7 @@ class ScoringJob:
     @property
     def takes_all(self) -> bool:
         """Whether no row is left out."""
-        return len(self.rows) == len(self.ordinals)
+        return len(self.rows) == len(self.samples)
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ScoringHandlers:
     on_scored: Callable[[ray.ObjectRef, ScoreReport], None]
     on_given_up: Callable[[int, tuple[str, ...]], None]
     """Called with a prompt's ordinal, and why each attempt at its sample failed."""
-    on_rollouts_lost: Callable[[tuple[int, ...], str], None]
-    """Called with the ordinals of samples that must be generated again."""
+    on_rollouts_lost: Callable[[tuple[AttemptId, ...], str], None]
+    """Called with the attempts whose samples must be generated again, and why."""
 
 
 class ScoringPool:
@@ -137,8 +137,8 @@ class ScoringPool:
         self, events: Events, rollouts: ray.ObjectRef, report: RolloutReport, temperature: float
     ) -> None:
         """Have a batch of rollouts scored."""
-        rows = tuple(range(len(report.ordinals)))
-        self._submit(events, ScoringJob(rollouts, report.ordinals, rows, temperature))
+        rows = tuple(range(len(report.samples)))
+        self._submit(events, ScoringJob(rollouts, report.samples, rows, temperature))
 
     def dismiss(self, events: Events, index: int, error: RunError) -> int:
         """Kill a worker and have its batches scored elsewhere; returns how many there were.
@@ -194,7 +194,7 @@ class ScoringPool:
         if isinstance(error, DataLostError):
             self._jobs[index].remove(job)
             assert self._handlers is not None
-            lost = tuple(sorted({job.ordinals[row] for row in job.rows}))
+            lost = tuple(sorted({job.samples[row] for row in job.rows}))
             self._handlers.on_rollouts_lost(lost, str(error))
         else:
             self.workers.on_failure(index, error)
@@ -209,6 +209,6 @@ class ScoringPool:
                 self._submit(events, replace(job, rows=(row,)))
         elif len(job.rows) == 1 and len(job.reasons) >= self._max_attempts:
             assert self._handlers is not None
-            self._handlers.on_given_up(job.ordinals[job.rows[0]], job.reasons)
+            self._handlers.on_given_up(job.samples[job.rows[0]].ordinal, job.reasons)
         else:
             self._submit(events, job)

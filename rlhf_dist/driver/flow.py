@@ -26,6 +26,7 @@ from rlhf_dist.data.prompts import PromptOrder
 from rlhf_dist.driver.queue_requests import QueueRequests
 from rlhf_dist.observability.metrics import Metrics
 from rlhf_dist.types import (
+    AttemptId,
     PromptAttempt,
     PublishedWeights,
     RolloutReport,
@@ -62,11 +63,13 @@ class _UnderWay:
     version: int
     missing: set[int] = field(default_factory=set)
     num_to_generate: int = 0
+    lost: str = ""
+    """Why a sample of it is gone that was generated; the others are waited for all the same."""
 
     @property
-    def is_generated(self) -> bool:
-        """Whether the worker has nothing more to do for it."""
-        return self.num_to_generate <= 0
+    def has_failed(self) -> bool:
+        """Whether the worker has nothing more to do for it, and a sample is gone."""
+        return bool(self.lost) and self.num_to_generate <= 0
 
 
 class Flow:
@@ -322,10 +325,10 @@ class Flow:
 
     def _on_rollouts(self, index: int, batch: ray.ObjectRef, report: RolloutReport) -> None:
         self._busy.rollout_s += report.busy_s
-        for ordinal in report.ordinals:
-            if ordinal in self._under_way:
-                self._under_way[ordinal].num_to_generate -= 1
+        for each in self._of(report.samples):
+            each.num_to_generate -= 1
         self._score(index, batch, report)
+        self._generate_again(report.samples)
         if self._limited_by_room:
             self.hand_out()
 
@@ -334,7 +337,7 @@ class Flow:
         if report.newest_version > self._noted.get(index, -1):
             self._unproved[index].append((batch, report))
             return
-        temperature = self._temperature_of(report.ordinals[0])
+        temperature = self._temperature_of(report.samples[0].ordinal)
         self._roles.scoring.score(self.events, batch, report, temperature)
 
     # ------------------------------------------------------------------------------------------ experience
@@ -362,14 +365,26 @@ class Flow:
         self._under_way.pop(ordinal, None)
         self._take_back(partial(self._roles.queue.give_up, ordinal, reasons))
 
-    def _on_rollouts_lost(self, ordinals: tuple[int, ...], reason: str) -> None:
-        """A prompt whose worker is gone, too, was handed out again: that attempt goes on."""
-        lost = [self._under_way[ordinal] for ordinal in ordinals if ordinal in self._under_way]
-        attempts = [each.attempt for each in lost if each.is_generated]
-        for attempt in attempts:
+    def _on_rollouts_lost(self, samples: tuple[AttemptId, ...], reason: str) -> None:
+        for each in self._of(samples):
+            each.lost = reason
+        self._generate_again(samples)
+
+    def _generate_again(self, samples: Sequence[AttemptId]) -> None:
+        """Hand prompts out once more of which nothing more is to come and something was lost."""
+        failed = {each.attempt: each.lost for each in self._of(samples) if each.has_failed}
+        for attempt, reason in failed.items():
             del self._under_way[attempt.ordinal]
-        if attempts:
-            self._take_back(partial(self._roles.queue.samples_lost, attempts, reason))
+            self._take_back(partial(self._roles.queue.samples_lost, [attempt], reason))
+
+    def _of(self, samples: Sequence[AttemptId]) -> list[_UnderWay]:
+        """The prompt of each sample, where it is still under way in that attempt."""
+        found = [self._under_way.get(each.ordinal) for each in samples]
+        return [
+            under_way
+            for under_way, each in zip(found, samples, strict=True)
+            if under_way is not None and under_way.attempt.attempt == each.attempt
+        ]
 
     def _take_back(self, call: Callable[[], Call]) -> None:
         """A call after which other prompts may be handed out."""

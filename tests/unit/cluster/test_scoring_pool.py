@@ -11,7 +11,7 @@ from rlhf_dist.cluster.scoring_pool import ScoringHandlers, ScoringPool
 from rlhf_dist.config import ClusterSettings
 from rlhf_dist.engines.settings import ScoringSettings
 from rlhf_dist.errors import WorkerLostError
-from rlhf_dist.types import RolloutReport
+from rlhf_dist.types import AttemptId, RolloutReport
 
 DIED = WorkerLostError("it died while it was to score")
 
@@ -71,7 +71,7 @@ def start(pool, events, index):
 def test_a_worker_is_busy_from_its_first_batch_until_it_is_dismissed(pool, events):
     start(pool, events, 0)
     assert not pool.is_busy(0)
-    pool.score(events, "batch", RolloutReport((5, 6), 0, 0.1), 1.0)
+    pool.score(events, "batch", RolloutReport((AttemptId(5, 0), AttemptId(6, 0)), 0, 0.1), 1.0)
     assert pool.is_busy(0)
     assert pool.dismiss(events, 0, DIED) == 1
     assert not pool.is_busy(0)
@@ -81,7 +81,7 @@ def test_a_worker_is_busy_from_its_first_batch_until_it_is_dismissed(pool, event
 
 def test_a_sample_that_takes_every_worker_with_it_is_given_up(pool, events, given_up):
     start(pool, events, 0)
-    pool.score(events, "batch", RolloutReport((5,), 0, 0.1), 1.0)
+    pool.score(events, "batch", RolloutReport((AttemptId(5, 0),), 0, 0.1), 1.0)
     for _ in range(3):
         assert pool.is_busy(0)
         pool.dismiss(events, 0, DIED)
