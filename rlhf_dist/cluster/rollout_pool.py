@@ -210,9 +210,9 @@ class RolloutPool:
             return
         call = Call(item, self.workers.name(index), "generate")
         try:
-            report = wait_for(call, self._cluster.generate_timeout_s)
+            report: RolloutReport = wait_for(call, self._cluster.generate_timeout_s)
         except RunError as error:
             self.workers.on_failure(index, error)
             return
-        self._under_way[index] -= Counter(report.ordinals)
+        self._under_way[index] -= Counter(each.ordinal for each in report.samples)
         on_batch(unreported.pop(), report)
