@@ -128,17 +128,24 @@ class Events:
     def _turn(self) -> None:
         self.on_turn()
         self._forgive_pause()
-        timeout_s = min(LONGEST_TURN_S, max(0.0, self._next_due() - time.monotonic()))
-        ready: list[Any] = []
-        if self._awaited:
-            ready, _ = ray.wait(list(self._awaited), num_returns=1, timeout=timeout_s, fetch_local=False)
-        else:
-            time.sleep(timeout_s)
+        ready = self._wait(min(LONGEST_TURN_S, max(0.0, self._next_due() - time.monotonic())))
         for each in ready:
-            self._handle(each)
+            if each in self._awaited:  # what was handled before may have had it forgotten
+                self._handle(each)
         if not ready or time.monotonic() - self._deadlines_seen_at > DEADLINES_EVERY_S:
             self._check_deadlines()
         self._run_timers()
+
+    def _wait(self, timeout_s: float) -> list[Any]:
+        """Everything that has arrived, once anything has."""
+        if not self._awaited:
+            time.sleep(timeout_s)
+            return []
+        awaited = list(self._awaited)
+        ready, _ = ray.wait(awaited, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready and len(awaited) > 1:
+            ready, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0, fetch_local=False)
+        return list(ready)
 
     def _handle(self, ready: Any) -> None:
         if isinstance(ready, ray.ObjectRefGenerator):

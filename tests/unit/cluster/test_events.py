@@ -88,3 +88,23 @@ def test_a_slow_turn_is_no_pause(ray, events):
     ray.stopped_s = 4
     events.wait_until(lambda: bool(came))
     assert 130 <= ray.now < 132
+
+
+def test_all_that_has_arrived_is_handled_in_one_turn(ray, events):
+    came = [expect(events, name, timeout_s=30) for name in ("first", "second", "third")]
+    ray.answers_at |= {"first": 110, "third": 110}
+    turns = []
+    events.on_turn = lambda: turns.append(ray.now)
+    events.wait_until(lambda: bool(came[2]))
+    assert came == [["first"], [], ["third"]]
+    assert max(turns) < 110, "no further turn for the second of them"
+
+
+def test_what_an_earlier_answer_makes_needless_is_not_handled(ray, events):
+    came = []
+    ray.answers_at |= {"a loss": 105, "an answer of the lost worker": 105}
+    events.expect(Call("a loss", "driver", "notice"), lambda _: events.forget("lost worker"), 30)
+    events.expect(Call("an answer of the lost worker", "lost worker", "generate"), came.append, 30)
+    pending = expect(events, "pending", timeout_s=10)
+    events.wait_until(lambda: bool(pending))
+    assert came == []
