@@ -226,7 +226,7 @@ class Learner:
 
     @torch.no_grad()
     def _forward(self, samples: Samples, plan: Plan, temperature: float) -> tuple[StepBatch, torch.Tensor]:
-        num_tokens = int(samples.response_offsets[-1])
+        num_tokens = samples.num_response_tokens
         logprobs, entropies, values = (torch.zeros(num_tokens) for _ in range(3))
         for indices in plan.forward[self._rank]:
             batches = self._batches(samples, indices)

@@ -24,7 +24,7 @@ def sample_metrics(samples: Samples) -> dict[str, float]:
         "finished_share": float(samples.finished.mean()),
         "num_samples": samples.num_samples,
         "num_response_tokens": int(lengths.sum()),
-        "oldest_policy_version": int(samples.policy_versions.min()),
+        "oldest_policy_version": int(samples.oldest_versions.min()),
     }
     if len(samples.reward_parts) > 1:
         metrics |= {f"reward_part_{name}": float(part.mean()) for name, part in samples.reward_parts.items()}

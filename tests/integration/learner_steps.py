@@ -56,13 +56,15 @@ def samples(step: int) -> Samples:
     )
     return Samples(
         prompt_tokens=random.integers(5, 200, int(PROMPT_LENGTHS.sum())).astype(np.int32),
-        prompt_offsets=prompt_offsets,
+        prompt_starts=prompt_offsets[:-1],
+        prompt_lengths=PROMPT_LENGTHS,
         response_tokens=random.integers(5, 200, num_tokens).astype(np.int32),
-        response_offsets=offsets,
+        response_starts=offsets[:-1],
+        response_lengths=lengths,
         response_mask=mask.astype(np.uint8),
         rollout_logprobs=rollout_logprobs,
-        policy_versions=np.zeros(num_tokens, np.int32),
         ref_logprobs=ref_logprobs,
+        oldest_versions=np.zeros(count, np.int32),
         rewards=random.normal(0, 1, count),
         ordinals=np.repeat([0, 1], count // 2),
         finished=np.ones(count, bool),

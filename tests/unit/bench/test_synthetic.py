@@ -31,6 +31,6 @@ def test_other_ordinals_and_versions_leave_the_rest_alone(batch):
     assert [info.ordinal for info in infos] == [9, 4, 7]
     assert {(info.oldest_version, info.newest_version) for info in infos} == {(5, 5)}
     samples = Samples.from_batches([other])
-    assert set(samples.policy_versions) == {5}
+    assert set(samples.oldest_versions) == {5}
     assert samples.ordinals.tolist() == [4, 7, 9]
     assert other["response_tokens"].equals(batch["response_tokens"].slice(0, 3))

@@ -40,16 +40,18 @@ class TinyPolicy(nn.Module):
 
 
 def samples():
-    tokens = [len(response) for response in RESPONSES]
+    prompts, tokens = (np.array([len(each) for each in texts]) for texts in (PROMPTS, RESPONSES))
     return Samples(
         prompt_tokens=np.concatenate(PROMPTS).astype(np.int32),
-        prompt_offsets=np.cumsum([0, *map(len, PROMPTS)]),
+        prompt_starts=np.cumsum(prompts) - prompts,
+        prompt_lengths=prompts,
         response_tokens=np.concatenate(RESPONSES).astype(np.int32),
-        response_offsets=np.cumsum([0, *tokens]),
+        response_starts=np.cumsum(tokens) - tokens,
+        response_lengths=tokens,
         response_mask=np.ones(sum(tokens), np.uint8),
         rollout_logprobs=np.zeros(sum(tokens), np.float32),
-        policy_versions=np.zeros(sum(tokens), np.int32),
         ref_logprobs=None,
+        oldest_versions=np.zeros(3, np.int32),
         rewards=np.zeros(3),
         ordinals=np.arange(3),
         finished=np.ones(3, bool),

@@ -17,23 +17,26 @@ from rlhf_dist.experience.samples import Samples
 from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA
 from rlhf_dist.types import VersionSpan
 
-PER_TOKEN = ("response_mask", "rollout_logprobs", "policy_versions", "ref_logprobs")
-ARRAYS = (
-    "prompt_tokens",
-    "prompt_offsets",
-    "response_tokens",
-    "response_offsets",
-    "rewards",
-    "ordinals",
-    "finished",
-    *PER_TOKEN,
-)
+PER_TOKEN = ("response_tokens", "response_mask", "rollout_logprobs", "ref_logprobs")
+PER_SAMPLE = ("prompt_lengths", "response_lengths", "oldest_versions", "rewards", "ordinals", "finished")
+
+
+def lists(samples, name):
+    """The numbers of each sample, in the order of the samples."""
+    starts, lengths = (
+        (samples.prompt_starts, samples.prompt_lengths)
+        if name == "prompt_tokens"
+        else (samples.response_starts, samples.response_lengths)
+    )
+    values = getattr(samples, name)
+    return [values[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
 
 
 def assert_equal(one, other):
-    for name in ARRAYS:
+    for name in ("prompt_tokens", *PER_TOKEN):
+        assert lists(one, name) == lists(other, name), name
+    for name in PER_SAMPLE:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
-        assert getattr(one, name).dtype == getattr(other, name).dtype, name
     assert one.reward_parts.keys() == other.reward_parts.keys()
     for name, part in one.reward_parts.items():
         np.testing.assert_array_equal(part, other.reward_parts[name])
@@ -47,18 +50,17 @@ def three(completion, scored):
     return Samples.from_batches([late, early])
 
 
-def test_the_arrays_are_in_the_order_of_ordinal_and_sample(three):
+def test_samples_are_in_the_order_of_ordinal_and_sample(three):
     assert three.num_samples == 3
+    assert three.num_response_tokens == 5
     assert three.ordinals.tolist() == [1, 1, 2]
-    assert three.prompt_tokens.tolist() == [1050, 1051, 1150, 1151, 2050, 2051, 2052]
-    assert three.prompt_offsets.tolist() == [0, 2, 4, 7]
-    assert three.response_tokens.tolist() == [1000, 1001, 1002, 2000, 2001]
-    assert three.response_offsets.tolist() == [0, 3, 3, 5]
-    assert three.response_mask.tolist() == [1] * 5
-    assert three.policy_versions.tolist() == [3, 3, 3, 4, 4]
-    expected = np.array([1000, 1001, 1002, 2000, 2001]) / -4096
-    np.testing.assert_array_equal(three.rollout_logprobs, expected.astype(np.float32))
-    np.testing.assert_array_equal(three.ref_logprobs, expected.astype(np.float32) / 2)
+    assert lists(three, "prompt_tokens") == [[1050, 1051], [1150, 1151], [2050, 2051, 2052]]
+    assert lists(three, "response_tokens") == [[1000, 1001, 1002], [], [2000, 2001]]
+    assert lists(three, "response_mask") == [[1, 1, 1], [], [1, 1]]
+    for name, factor in (("rollout_logprobs", 1), ("ref_logprobs", 1 / 2)):
+        expected = [[-1000, -1001, -1002], [], [-2000, -2001]]
+        assert lists(three, name) == [[factor * each / 4096 for each in row] for row in expected]
+    assert three.oldest_versions.tolist() == [3, 0, 4]
     assert three.rewards.tolist() == [1.0, 1.1, 2.0]
     assert three.finished.tolist() == [False, True, True]
     assert {name: part.tolist() for name, part in three.reward_parts.items()} == {
@@ -67,25 +69,26 @@ def test_the_arrays_are_in_the_order_of_ordinal_and_sample(three):
     }
 
 
-def test_each_token_has_the_version_of_its_span(completion, scored):
+def test_the_oldest_version_is_that_of_the_oldest_token(completion, scored):
     spans = (VersionSpan(2, 0, 2), VersionSpan(3, 2, 5))
     mixed = replace(completion(1, length=5), version_spans=spans)
-    batch = scored([completion(9), completion(0, length=1, version=7), completion(2, length=0), mixed])
-    samples = Samples.from_batches([batch.slice(1)])
-    assert samples.policy_versions.tolist() == [7, 2, 2, 3, 3, 3]
+    batch = scored([completion(9), mixed, completion(0, length=1, version=7)])
+    assert Samples.from_batches([batch.slice(1)]).oldest_versions.tolist() == [7, 2]
 
 
 def test_the_arrays_have_the_documented_types(three):
-    types = {name: getattr(three, name).dtype.name for name in ARRAYS}
-    assert types == {
+    arrays = {name: value for name, value in vars(three).items() if isinstance(value, np.ndarray)}
+    assert {name: array.dtype.name for name, array in arrays.items()} == {
         "prompt_tokens": "int32",
-        "prompt_offsets": "int64",
+        "prompt_starts": "int64",
+        "prompt_lengths": "int64",
         "response_tokens": "int32",
-        "response_offsets": "int64",
+        "response_starts": "int64",
+        "response_lengths": "int64",
         "response_mask": "uint8",
         "rollout_logprobs": "float32",
-        "policy_versions": "int32",
         "ref_logprobs": "float32",
+        "oldest_versions": "int32",
         "rewards": "float64",
         "ordinals": "int64",
         "finished": "bool",
@@ -121,8 +124,8 @@ def test_the_order_does_not_depend_on_arrival(data, completion, scored):
     assert samples.rewards.tolist() == [ordinal + sample / 10 for ordinal, sample in expected]
     assert samples.response_lengths.tolist() == [lengths[key][1] for key in expected]
     assert samples.total_lengths == [sum(lengths[key]) for key in expected]
-    tokens = [1000 * o + 100 * s + place for o, s in expected for place in range(lengths[o, s][1])]
-    assert samples.response_tokens.tolist() == tokens
+    tokens = [[1000 * o + 100 * s + place for place in range(lengths[o, s][1])] for o, s in expected]
+    assert lists(samples, "response_tokens") == tokens
     assert_equal(samples, Samples.from_batches([scored(sorted(completions, key=lambda c: c.tokens))]))
 
 
@@ -133,16 +136,6 @@ def test_a_slice_of_a_batch_reads_its_own_rows(start, length, completion, scored
     sliced = Samples.from_batches([whole.slice(start, length)])
     assert_equal(sliced, Samples.from_batches([scored(completions[start : start + length])]))
     assert sliced.ordinals.tolist() == list(range(start, start + length))
-
-
-def test_the_arrays_are_the_samples_own(completion, scored):
-    """Neighbours before and after are copied together, others one by one; a batch stays as it is."""
-    completions = [completion(i, length=i + 1) for i in (3, 4, 1, 2)]
-    batch = scored(completions)
-    samples = Samples.from_batches([batch])
-    for name in ("prompt_tokens", "response_tokens", *PER_TOKEN):
-        getattr(samples, name)[:] = 0
-    assert batch.equals(scored(completions))
 
 
 def test_slices_together_are_the_whole(completion, scored):
@@ -174,24 +167,40 @@ def test_lengths_are_of_the_response_and_of_the_whole_sequence(three):
     assert three.total_lengths == [5, 2, 5]
 
 
+def flat_of(samples, by_sample):
+    """A per-token array with the numbers of each sample at their places."""
+    flat = np.full(samples.num_response_tokens, -1.0)
+    for start, numbers in zip(samples.response_starts, by_sample, strict=True):
+        flat[start : start + len(numbers)] = numbers
+    return flat
+
+
 def test_padding_puts_zeros_behind_each_response(three):
-    padded = three.padded(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    padded = three.padded(flat_of(three, [[1.0, 2.0, 3.0], [], [4.0, 5.0]]))
     assert padded.tolist() == [[1, 2, 3], [0, 0, 0], [4, 5, 0]]
     assert three.padded(three.response_mask).tolist() == [[1, 1, 1], [0, 0, 0], [1, 1, 0]]
+
+
+def test_padding_leaves_what_it_reads_alone_and_does_not_warn(three, recwarn):
+    padded = three.padded(three.response_mask)
+    padded.zero_()
+    assert three.response_mask.tolist() == [1] * 5
+    assert not recwarn.list
 
 
 def test_scattering_writes_each_row_to_its_sample(three):
     flat = torch.full((5,), -1.0)
     three.scatter(torch.tensor([[4.0, 5.0, 99.0], [1.0, 2.0, 3.0]]), [2, 0], into=flat)
-    assert flat.tolist() == [1, 2, 3, 4, 5]
+    assert flat.tolist() == flat_of(three, [[1.0, 2.0, 3.0], [], [4.0, 5.0]]).tolist()
 
 
 def test_scattering_leaves_other_samples_alone(three):
     flat = torch.zeros(5)
     three.scatter(torch.tensor([[7.0, 8.0]]), [2], into=flat)
-    assert flat.tolist() == [0, 0, 0, 7, 8]
+    expected = flat_of(three, [[0.0, 0.0, 0.0], [], [7.0, 8.0]]).tolist()
+    assert flat.tolist() == expected
     three.scatter(torch.tensor([[9.0]]), [], into=flat)  # the idle row of a rank without work
-    assert flat.tolist() == [0, 0, 0, 7, 8]
+    assert flat.tolist() == expected
 
 
 @settings(max_examples=40, deadline=None)
