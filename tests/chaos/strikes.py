@@ -150,9 +150,9 @@ def title_of(pid: int) -> str:
 
 
 def processes_of(command: Any, role: Role) -> list[psutil.Process]:
-    """A role's living processes, by process id. The machine's are all of the run."""
+    """A role's living processes, by process id; none once the run has ended. The machine's are all of it."""
     if role == "driver":
-        return [psutil.Process(command.process.pid)]
+        return [] if command.process.poll() is not None else [psutil.Process(command.process.pid)]
     found = sorted(command.processes(), key=lambda process: process.pid)
     if role == "machine":
         return found
@@ -189,8 +189,13 @@ def _await_moment(command: Any, kill: Kill, since: float) -> psutil.Process:
         until(was_noticed, "noticed loss")
     if kill.method is None:
         time.sleep(kill.delay_s)
-    until(lambda: bool(processes_of(command, kill.role)), f"process of the role {kill.role}")
-    victims = processes_of(command, kill.role)
+    victims: list[psutil.Process] = []
+
+    def have_victims() -> bool:
+        victims[:] = processes_of(command, kill.role)
+        return bool(victims)
+
+    until(have_victims, f"process of the role {kill.role}")
     victim = victims[(kill.worker or 0) % len(victims)]
     if kill.method is not None:
         _await_title(victim.pid, f"{TITLES[kill.role]}.{kill.method}")
