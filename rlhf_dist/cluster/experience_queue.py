@@ -361,6 +361,7 @@ class QueueClient:
         )
         self._settings, self._journal, self._arguments = settings, journal, arguments
         self._life = 0
+        self._acknowledged: Lease | None = None
         self._actor = self._create()
 
     def start(self) -> Call:
@@ -380,7 +381,12 @@ class QueueClient:
         return self._call("lease", step, action=f"lease the samples of step {step}")
 
     def acknowledge(self, lease: Lease, policy_digest: str) -> Call:
-        """The learner has trained on a lease. The result: how many prompts before were given up."""
+        """The learner has trained on a lease. The result: how many prompts before were given up.
+
+        The lease is kept until the next one is acknowledged: Ray never frees the memory of a small object whose
+        last reference is that of a process which did not make it, as the actor's is.
+        """
+        self._acknowledged = lease
         return self._call("acknowledge", lease, policy_digest, action="acknowledge a lease")
 
     def checkpointed(self, first_step: int) -> Call:

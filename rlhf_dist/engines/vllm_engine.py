@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from rlhf_dist.engines.settings import RolloutSettings
 
 GIB = 1024**3
+PREFILL_TOKENS = 2048
+"""Of a step on CPU, at least: prompts, and the responses of requests that begin anew under new weights."""
 
 
 class VLLMEngine:
@@ -62,6 +64,11 @@ class VLLMEngine:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if on_gpu else int(settings.cpu_kv_cache_gib * GIB),
                 enable_prefix_caching=True,
+                # vLLM draws and takes back a sample for each prompt that it cuts, which a CPU's generators cannot.
+                enable_chunked_prefill=None if on_gpu else False,
+                max_num_batched_tokens=None
+                if on_gpu
+                else max(PREFILL_TOKENS, context_tokens) + settings.max_num_seqs,
                 logprobs_mode="processed_logprobs",
                 weight_transfer_config={"backend": vllm_weight_transfer.BACKEND},
                 disable_log_stats=True,
