@@ -253,12 +253,11 @@ class ExperienceQueue(Worker):
             What could not be compacted and why, in a sentence for the user.
         """
         self._ledger.forget_before(first_step)
+        done = self._ledger.done_ordinals()
         max_bytes = self._settings.journal.max_bytes
         async with self._compacting:  # the driver does not wait for one before it asks for the next
-            done = await asyncio.to_thread(
-                compact, self._journal, keep_from_step=first_step, max_bytes=max_bytes
-            )
-        return done.problem
+            compaction = await asyncio.to_thread(compact, self._journal, done, max_bytes=max_bytes)
+        return compaction.problem
 
     async def served(self, proofs: Sequence[ServedVersion]) -> None:
         """Write down which versions were proved, by whom."""

@@ -25,7 +25,7 @@ from rlhf_dist.experience.journal import (
     segment_numbers,
     write_archive,
 )
-from rlhf_dist.experience.steps import StepHistory, read_history
+from rlhf_dist.experience.ordinals import Ordinals
 from rlhf_dist.types import BatchPlace
 
 ARCHIVE_BYTES = 256 * 1024**2
@@ -43,17 +43,21 @@ class Compaction:
 
 
 def compact(
-    folder: Path, *, keep_from_step: int, max_bytes: int | None = None, archive_bytes: int = ARCHIVE_BYTES
+    folder: Path,
+    done: Ordinals,
+    *,
+    max_bytes: int | None = None,
+    archive_bytes: int = ARCHIVE_BYTES,
 ) -> Compaction:
-    """Merge the segments all of whose prompts were trained before `keep_from_step`, or given up.
+    """Merge the segments all of whose prompts are done with.
 
     Others may write and read meanwhile; only one may compact at a time. What cannot be done is told, not
     raised: a journal that is larger than it need be holds nobody up.
 
     Args:
         folder: of the journal.
-        keep_from_step: the first learner step that some checkpoint may have to be repeated from. Nothing that
-            it or a later one was trained on is touched.
+        done: ordinals of prompts that were given up, or trained in a step before the first one that some
+            checkpoint may have to be repeated from. Nothing of any other one is touched.
         max_bytes: while the journal is larger, its oldest archive is deleted; None: nothing is.
         archive_bytes: segments that together have less wait for the next time.
     """
@@ -64,7 +68,7 @@ def compact(
         archive_bytes = min(archive_bytes, max_bytes // 4)
     with _told(problems):
         _clean_up(folder)
-        finished = _finished_segments(folder, keep_from_step, problems)
+        finished = _finished_segments(folder, done, problems)
         for segments in _groups(folder, finished, archive_bytes):
             write_archive(_next_archive(folder), JournalReader(folder), segments)
             archived += segments
@@ -105,19 +109,18 @@ def _clean_up(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _finished_segments(folder: Path, keep_from_step: int, problems: list[str]) -> Iterator[str]:
+def _finished_segments(folder: Path, done: Ordinals, problems: list[str]) -> Iterator[str]:
     """In order. Never the last one of a producer: the numbers of its next ones follow from it.
 
     One with a damaged batch is a problem of its own, so that it does not keep others from being merged.
     """
-    done = _done_ordinals(read_history(folder), keep_from_step)
     last = {f"{producer}-{max(numbers):06d}" for producer, numbers in segment_numbers(folder).items()}
     journal = JournalReader(folder)
     for name in journal.segments():
         if name not in last and not _is_open(folder / f"{name}{SEGMENT_SUFFIX}"):
             finished = False
             with _told(problems):
-                finished = done.issuperset(_ordinals(journal, name))
+                finished = all(ordinal in done for ordinal in _ordinals(journal, name))
             if finished:
                 yield name
 
@@ -126,11 +129,6 @@ def _ordinals(journal: JournalReader, segment: str) -> set[int]:
     """Of all its batches, each of which is checked."""
     places = [BatchPlace(segment, number) for number in range(journal.num_batches(segment))]
     return {ordinal for place in places for ordinal in journal.read(place)["ordinal"].to_pylist()}
-
-
-def _done_ordinals(history: StepHistory, keep_from_step: int) -> set[int]:
-    steps = (step for step in history.steps.values() if step.trained and step.step < keep_from_step)
-    return {ordinal for step in steps for ordinal in step.ordinals} | set(history.failed)
 
 
 def _is_open(path: Path) -> bool:

@@ -422,6 +422,10 @@ class Ledger:
         for each in [each for each, entry in self._steps.items() if each < step and entry.state == "trained"]:
             del self._steps[each]
 
+    def done_ordinals(self) -> Ordinals:
+        """Those given up, or trained in a step that will not be repeated: a copy of what is so now."""
+        return self._decided.without(ordinal for entry in self._steps.values() for ordinal in entry.ordinals)
+
     # --------------------------------------------------------------------------------- what others need
 
     def counts(self) -> Counts:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", int, str)
@@ -11,9 +11,11 @@ Key = TypeVar("Key", int, str)
 class Ordinals:
     """A set of numbers that is nearly all those below some mark: that mark, and the exceptions above."""
 
-    def __init__(self) -> None:
+    def __init__(self, ordinals: Iterable[int] = ()) -> None:
         self._low = 0
         self._above: set[int] = set()
+        for ordinal in ordinals:
+            self.add(ordinal)
 
     def __contains__(self, ordinal: int) -> bool:
         return ordinal < self._low or ordinal in self._above
@@ -24,6 +26,14 @@ class Ordinals:
         while self._low in self._above:
             self._above.remove(self._low)
             self._low += 1
+
+    def without(self, others: Iterable[int]) -> Ordinals:
+        """A copy that lacks some, all of them near the mark or above it."""
+        lacking = set(others)
+        rest = Ordinals()
+        rest._low = min([self._low, *lacking])
+        rest._above = self._above.union(range(rest._low, self._low)) - lacking
+        return rest
 
     @property
     def end(self) -> int:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import pyarrow.compute as pc
 import pytest
 
-from rlhf_dist.experience import steps
-from rlhf_dist.experience.compaction import Compaction, compact
+from rlhf_dist.experience import compaction, steps
+from rlhf_dist.experience.compaction import Compaction
 from rlhf_dist.experience.journal import JOURNAL_FOLDER, JournalReader, JournalWriter, read_table
+from rlhf_dist.experience.ordinals import Ordinals
 from rlhf_dist.experience.steps import StepsLog
 from rlhf_dist.types import BatchRows
 
@@ -42,6 +43,14 @@ def journal(folder, completion, scored):
             log.append([steps.trained_record(step, None)])
     log.close()
     return folder
+
+
+def compact(folder, *, keep_from_step, **options):
+    """Of what the log says was trained before a step, or given up."""
+    history = steps.read_history(folder)
+    trained = [each for each in history.steps.values() if each.trained and each.step < keep_from_step]
+    done = {ordinal for each in trained for ordinal in each.ordinals} | set(history.failed)
+    return compaction.compact(folder, Ordinals(done), **options)
 
 
 def contents(folder):

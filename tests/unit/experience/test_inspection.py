@@ -17,6 +17,7 @@ from rlhf_dist.experience.compaction import compact
 from rlhf_dist.experience.dead_letter import DeadLetters
 from rlhf_dist.experience.inspection import ServedVersion, inspect_run, print_inspection
 from rlhf_dist.experience.journal import JOURNAL_FOLDER, JournalReader, JournalWriter
+from rlhf_dist.experience.ordinals import Ordinals
 from rlhf_dist.experience.steps import StepsLog
 from rlhf_dist.types import BatchRows
 
@@ -124,10 +125,12 @@ def test_what_was_deleted_is_known_from_the_log(run):
     run.step(0, (0, 0, 0), (0, 1, 0))
     run.step(1, (1, 0, 0), (1, 1, 1))
     run.step(2, (0, 0, 2), (2, 0, 2))
-    compact(run.folder, keep_from_step=2, archive_bytes=1)
+    history = steps.read_history(run.folder)
+    done = Ordinals(ordinal for step in (0, 1) for ordinal in history.steps[step].ordinals)
+    compact(run.folder, done, archive_bytes=1)
     archived = run.inspect()
     assert (archived.num_archives, archived.samples_by_version) == (2, {0: 3, 1: 1, 2: 2})
-    compact(run.folder, keep_from_step=2, max_bytes=1)
+    compact(run.folder, done, max_bytes=1)
     found = run.inspect()
     assert (found.num_archives, found.samples_by_version) == (0, {2: 2})
     assert (found.staleness_max, found.doubled, found.num_ordinals_trained) == (1, [0], 3)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_dist.errors import ConfigError
 from rlhf_dist.experience.journal import JournalReader, JournalWriter
 from rlhf_dist.experience.ledger import Counts, Failure, Ledger
+from rlhf_dist.experience.ordinals import Ordinals
 from rlhf_dist.experience.schema import batch_info
 from rlhf_dist.experience.settings import ExperienceSettings
 from rlhf_dist.experience.steps import StepsLog
@@ -436,6 +439,34 @@ def test_what_a_checkpoint_holds_can_be_forgotten(leased):
     assert states(ledger) == {"trained": 2}
     with pytest.raises(ValueError, match="step 0 was forgotten: the first one kept is 1"):
         ledger.lease(0, 2, now=0, in_order=True)
+
+
+def test_a_prompt_is_done_when_a_checkpoint_holds_its_step_or_it_was_given_up(batch):
+    def done(ledger):
+        ordinals = ledger.done_ordinals()
+        return [ordinal for ordinal in range(8) if ordinal in ordinals]
+
+    ledger = make(max_staleness=2)
+    ledger.dispatch(range(6), version=0, worker="w")
+    ledger.give_up(4, ["never mind"])
+    ledger.scored(batch((0, 0, 0), (3, 0, 0), (1, 0, 0), (2, 0, 0)))
+    for step in (0, 1):
+        ledger.acknowledge(ledger.lease(step, 2, now=0, in_order=False).lease_id)
+    assert done(ledger) == [4], "both steps may have to be repeated"
+    before = ledger.done_ordinals()
+    ledger.forget_before(1)
+    assert done(ledger) == [0, 3, 4]
+    ledger.forget_before(2)
+    assert done(ledger) == [0, 1, 2, 3, 4]
+    assert 0 not in before, "it was a copy"
+
+
+@given(numbers=st.lists(st.integers(0, 30)), others=st.sets(st.integers(0, 30)))
+def test_ordinals_without_some_are_the_rest(numbers, others):
+    ordinals = Ordinals(numbers)
+    rest = ordinals.without(others)
+    assert [number for number in range(40) if number in rest] == sorted(set(numbers) - others)
+    assert [number for number in range(40) if number in ordinals] == sorted(set(numbers))
 
 
 # ---------------------------------------------------------------------------------------------- recovery
