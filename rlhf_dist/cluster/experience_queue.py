@@ -382,8 +382,8 @@ class QueueClient:
     def acknowledge(self, lease: Lease, policy_digest: str) -> Call:
         """The learner has trained on a lease. The result: how many prompts before were given up.
 
-        The lease is kept until the next one is acknowledged: Ray never frees the memory of a small object whose
-        last reference is that of a process which did not make it, as the actor's is.
+        The lease is kept until the next one is acknowledged: Ray never frees the memory of a small object
+        whose last reference is that of a process which did not make it, as the actor's is.
         """
         self._acknowledged = lease
         return self._call("acknowledge", lease, policy_digest, action="acknowledge a lease")

@@ -64,7 +64,7 @@ class VLLMEngine:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if on_gpu else int(settings.cpu_kv_cache_gib * GIB),
                 enable_prefix_caching=True,
-                # vLLM draws and takes back a sample for each prompt that it cuts, which a CPU's generators cannot.
+                # For a prompt that it cuts, vLLM draws a sample and takes it back: a CPU's generators cannot.
                 enable_chunked_prefill=None if on_gpu else False,
                 max_num_batched_tokens=None
                 if on_gpu
