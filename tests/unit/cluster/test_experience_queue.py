@@ -42,21 +42,24 @@ def make(tmp_path):
 
 def test_one_compaction_comes_after_the_other(make, monkeypatch):
     seen, under_way = [], threading.Lock()
+    samples = tuple(SampleInfo(ordinal, 0, 0, 0, 0, 10) for ordinal in (0, 1))
 
-    def compact(_, *, keep_from_step, **__):
+    def compact(_, done, **__):
         assert under_way.acquire(blocking=False), "another one is under way"
         time.sleep(0.05)
-        seen.append(keep_from_step)
+        seen.append([ordinal for ordinal in range(4) if ordinal in done])
         under_way.release()
-        return Compaction([], [], None if keep_from_step == 1 else "the disk is full")
+        return Compaction([], [], None if len(seen) == 1 else "the disk is full")
 
     async def check():
         queue = await make()
-        return await asyncio.gather(queue.checkpointed(1), queue.checkpointed(2))
+        await queue.put(["batch"], BatchInfo(samples, 100, BatchPlace("segment-000001", 0)))
+        await queue.acknowledge(await queue.lease(0), "digest")
+        return await asyncio.gather(queue.checkpointed(0), queue.checkpointed(1))
 
     monkeypatch.setattr(module, "compact", compact)
     assert asyncio.run(check()) == [None, "the disk is full"]
-    assert seen == [1, 2]
+    assert seen == [[], [0, 1]], "the prompts of the steps that a checkpoint holds"
 
 
 def test_a_step_whose_lease_expired_counts_once_with_the_samples_that_it_had(make, tmp_path):
