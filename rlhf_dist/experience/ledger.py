@@ -27,7 +27,7 @@ import heapq
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal, NamedTuple
 
 from rlhf_dist.durable import Record
@@ -153,6 +153,8 @@ class Ledger:
         """Every ordinal below is scored or decided."""
         self._steps: dict[int, _Step] = {}
         self._kept_from = 0
+        self._restored: dict[int, tuple[int, ...]] = {}
+        """Ordinals of the steps that were trained before a ledger was restored, until a checkpoint holds them."""
         self._leases: dict[int, int] = {}
         self._num_leases = 0
         self._num_by_state: Counter[str] = Counter()
@@ -421,10 +423,12 @@ class Ledger:
         self._kept_from = max(self._kept_from, step)
         for each in [each for each, entry in self._steps.items() if each < step and entry.state == "trained"]:
             del self._steps[each]
+        self._restored = {each: ordinals for each, ordinals in self._restored.items() if each >= step}
 
     def done_ordinals(self) -> Ordinals:
         """Those given up, or trained in a step that will not be repeated: a copy of what is so now."""
-        return self._decided.without(ordinal for entry in self._steps.values() for ordinal in entry.ordinals)
+        kept = [*self._restored.values(), *(entry.ordinals for entry in self._steps.values())]
+        return self._decided.without(chain.from_iterable(kept))
 
     # --------------------------------------------------------------------------------- what others need
 
@@ -696,6 +700,7 @@ class Ledger:
                 self._decided.add(ordinal)
             if step < first_step:
                 self._num_by_state["trained"] += len(recorded.ordinals)
+                self._restored[step] = recorded.ordinals
             else:
                 entry = _Step(recorded.ordinals, recorded.samples, recorded.oldest_version)
                 entry.policy_digest, entry.holds_batches = recorded.policy_digest, False

@@ -507,6 +507,16 @@ def restored(folder, first_step, samples_per_prompt=2):
     )
 
 
+def test_a_step_before_the_one_under_way_is_not_done_until_a_checkpoint_holds_it(journaled):
+    """The ledger of a queue that was replaced: the learner may still go back to the last checkpoint."""
+    folder, first, _ = journaled
+    ledger = restored(folder, first_step=1)
+    ledger.forget_before(0)
+    assert not any(ordinal in ledger.done_ordinals() for ordinal in range(6))
+    ledger.forget_before(1)
+    assert [ordinal for ordinal in range(6) if ordinal in ledger.done_ordinals()] == list(first.ordinals)
+
+
 def test_a_ledger_comes_back_from_the_journal(journaled):
     folder, _, second = journaled
     ledger = restored(folder, first_step=1)
