@@ -142,10 +142,11 @@ class Events:
             time.sleep(timeout_s)
             return []
         awaited = list(self._awaited)
+        ready: list[Any]
         ready, _ = ray.wait(awaited, num_returns=1, timeout=timeout_s, fetch_local=False)
         if ready and len(awaited) > 1:
             ready, _ = ray.wait(awaited, num_returns=len(awaited), timeout=0, fetch_local=False)
-        return list(ready)
+        return ready
 
     def _handle(self, ready: Any) -> None:
         if isinstance(ready, ray.ObjectRefGenerator):

@@ -162,14 +162,14 @@ class ExperienceQueue(Worker):
             self._check_failed(failures, WorkerError)
             return num_in_flight - self._ledger.counts().in_flight
 
-    async def samples_lost(self, attempts: Sequence[PromptAttempt], reason: str) -> None:
-        """Rollouts are gone before they were scored: their prompts wait again.
+    async def samples_lost(self, lost: Sequence[tuple[PromptAttempt, str]]) -> None:
+        """Rollouts are gone before they were scored, each for a reason: their prompts wait again.
 
         Raises:
             WorkerError: too many prompts were given up.
         """
         async with self._changed:
-            ended = [self._ledger.failed_attempt(each.ordinal, each.attempt, reason) for each in attempts]
+            ended = [self._ledger.failed_attempt(each.ordinal, each.attempt, reason) for each, reason in lost]
             failures = [failure for failure in ended if failure is not None]
             self._bury(failures)
             self._changed.notify_all()
@@ -400,9 +400,9 @@ class QueueClient:
         """A rollout worker is gone. The result: how many of its prompts wait again."""
         return self._call("lost", worker, action=f"take back the prompts of {worker}")
 
-    def samples_lost(self, attempts: Sequence[PromptAttempt], reason: str) -> Call:
-        """Rollouts of these prompts are gone before they were scored."""
-        return self._call("samples_lost", attempts, reason, action="take back prompts")
+    def samples_lost(self, lost: Sequence[tuple[PromptAttempt, str]]) -> Call:
+        """Rollouts of these prompts are gone before they were scored, each for a reason."""
+        return self._call("samples_lost", lost, action="take back prompts")
 
     def give_up(self, ordinal: int, reasons: Sequence[str]) -> Call:
         """A sample of a prompt cannot be scored."""

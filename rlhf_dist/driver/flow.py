@@ -325,7 +325,7 @@ class Flow:
 
     def _on_rollouts(self, index: int, batch: ray.ObjectRef, report: RolloutReport) -> None:
         self._busy.rollout_s += report.busy_s
-        for each in self._of(report.samples):
+        for each in self._prompts_of(report.samples):
             each.num_to_generate -= 1
         self._score(index, batch, report)
         self._generate_again(report.samples)
@@ -366,18 +366,19 @@ class Flow:
         self._take_back(partial(self._roles.queue.give_up, ordinal, reasons))
 
     def _on_rollouts_lost(self, samples: tuple[AttemptId, ...], reason: str) -> None:
-        for each in self._of(samples):
+        for each in self._prompts_of(samples):
             each.lost = reason
         self._generate_again(samples)
 
     def _generate_again(self, samples: Sequence[AttemptId]) -> None:
         """Hand prompts out once more of which nothing more is to come and something was lost."""
-        failed = {each.attempt: each.lost for each in self._of(samples) if each.has_failed}
-        for attempt, reason in failed.items():
+        failed = {each.attempt: each.lost for each in self._prompts_of(samples) if each.has_failed}
+        for attempt in failed:
             del self._under_way[attempt.ordinal]
-            self._take_back(partial(self._roles.queue.samples_lost, [attempt], reason))
+        if failed:
+            self._take_back(partial(self._roles.queue.samples_lost, list(failed.items())))
 
-    def _of(self, samples: Sequence[AttemptId]) -> list[_UnderWay]:
+    def _prompts_of(self, samples: Sequence[AttemptId]) -> list[_UnderWay]:
         """The prompt of each sample, where it is still under way in that attempt."""
         found = [self._under_way.get(each.ordinal) for each in samples]
         return [

@@ -28,9 +28,7 @@ class FakeRoles:
         scoring = SimpleNamespace(
             handle=lambda _: None, score=lambda _, batch, *__: self.scored.append(batch)
         )
-        queue = SimpleNamespace(
-            served=lambda proofs: proofs, samples_lost=lambda attempts, reason: (attempts, reason)
-        )
+        queue = SimpleNamespace(served=lambda proofs: proofs, samples_lost=lambda lost: lost)
         self.roles = Roles(rollout, scoring, queue, learner=None)
 
     def flow(self, config):
@@ -107,7 +105,7 @@ def test_a_prompt_whose_sample_was_lost_is_generated_again_once_its_others_are_g
     assert fake.asked == [], "the worker still generates the other one"
     flow._on_rollouts(0, "second", report(7, version=5, attempt=1))
     (question, _) = fake.asked.pop()
-    assert question == ([PromptAttempt(7, 1, (0, 1))], "gone with a node")
+    assert question == [(PromptAttempt(7, 1, (0, 1)), "gone with a node")]
     assert 7 not in flow._under_way
 
 
