@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from kills import TITLES, Kill, Role
@@ -19,6 +19,7 @@ from rlhf_dist.experience.journal import JOURNAL_FOLDER
 from rlhf_dist.experience.steps import read_history
 from rlhf_dist.observability.run_events import read_run_events
 
+T = TypeVar("T")
 METHOD_DEADLINE_S = 20
 """For a victim to begin with a method. Past it, the blow falls all the same."""
 MOMENT_DEADLINE_S = 240
@@ -173,13 +174,14 @@ def _await_moment(command: Any, kill: Kill, since: float) -> psutil.Process:
     """Wait for a kill's moment; returns the victim."""
     metrics, events = command.folder / "metrics.jsonl", command.folder / "events.jsonl"
 
-    def until(condition: Callable[[], bool], what: str) -> None:
+    def until(condition: Callable[[], T], what: str) -> T:
         deadline = time.monotonic() + MOMENT_DEADLINE_S
-        while not condition():
+        while not (found := condition()):
             if command.process.poll() is not None:
                 raise MissedError(f"the run ended before {what}")
             assert time.monotonic() < deadline, f"no {what} in {MOMENT_DEADLINE_S} s:\n{command.output}"
             time.sleep(POLL_S)
+        return found
 
     def was_noticed() -> bool:
         return any(each["event"] == "lost" and time_of(each) > since for each in read_run_events(events))
@@ -189,13 +191,7 @@ def _await_moment(command: Any, kill: Kill, since: float) -> psutil.Process:
         until(was_noticed, "noticed loss")
     if kill.method is None:
         time.sleep(kill.delay_s)
-    victims: list[psutil.Process] = []
-
-    def have_victims() -> bool:
-        victims[:] = processes_of(command, kill.role)
-        return bool(victims)
-
-    until(have_victims, f"process of the role {kill.role}")
+    victims = until(lambda: processes_of(command, kill.role), f"process of the role {kill.role}")
     victim = victims[(kill.worker or 0) % len(victims)]
     if kill.method is not None:
         _await_title(victim.pid, f"{TITLES[kill.role]}.{kill.method}")
