@@ -154,7 +154,7 @@ class Ledger:
         self._steps: dict[int, _Step] = {}
         self._kept_from = 0
         self._restored: dict[int, tuple[int, ...]] = {}
-        """Ordinals of the steps that were trained before a ledger was restored, until a checkpoint holds them."""
+        """Ordinals of steps that were trained before this ledger began, until a checkpoint holds them."""
         self._leases: dict[int, int] = {}
         self._num_leases = 0
         self._num_by_state: Counter[str] = Counter()
