@@ -23,7 +23,7 @@ def sample_metrics(samples: Samples) -> dict[str, float]:
         "response_tokens_max": float(lengths.max()),
         "finished_share": float(samples.finished.mean()),
         "num_samples": samples.num_samples,
-        "num_response_tokens": int(lengths.sum()),
+        "num_response_tokens": samples.num_response_tokens,
         "oldest_policy_version": int(samples.oldest_versions.min()),
     }
     if len(samples.reward_parts) > 1:

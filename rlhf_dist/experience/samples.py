@@ -7,7 +7,6 @@ fast.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -113,11 +112,12 @@ class Samples:
 
     def padded(self, flat: np.ndarray | torch.Tensor) -> torch.Tensor:
         """A flat [N] per-token array as [B, T], zero beyond each response's end."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            whole = torch.as_tensor(flat)
-        pieces = [whole[each] for each in _slices(self.response_starts, self.response_lengths)]
-        return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        flat = np.asarray(flat)
+        padded = np.zeros((self.num_samples, self.response_lengths.max()), flat.dtype)
+        places = _slices(self.response_starts, self.response_lengths, range(self.num_samples))
+        for row, place in zip(padded, places, strict=True):
+            row[: place.stop - place.start] = flat[place]
+        return torch.from_numpy(padded)
 
     def scatter(self, padded: torch.Tensor, indices: Sequence[int], *, into: torch.Tensor) -> None:
         """Write the rows of [B', T], one a chosen sample, to their places in a flat [N] array."""
@@ -137,11 +137,11 @@ def _values(column: pa.ListArray) -> np.ndarray:
     return column.flatten().to_numpy()
 
 
-def _slices(starts: np.ndarray, lengths: np.ndarray, indices: Sequence[int] | None = None) -> Iterator[slice]:
-    """Where the chosen lists are, or all of them."""
-    if indices is not None:
-        starts, lengths = starts[list(indices)], lengths[list(indices)]
-    return map(slice, starts.tolist(), (starts + lengths).tolist())
+def _slices(starts: np.ndarray, lengths: np.ndarray, indices: Sequence[int]) -> Iterator[slice]:
+    """Where the chosen lists are."""
+    chosen = list(indices)
+    begins = starts[chosen]
+    return map(slice, begins.tolist(), (begins + lengths[chosen]).tolist())
 
 
 def _reward_parts(batch: pa.RecordBatch) -> dict[str, np.ndarray]:

@@ -35,8 +35,10 @@ def lists(samples, name):
 def assert_equal(one, other):
     for name in ("prompt_tokens", *PER_TOKEN):
         assert lists(one, name) == lists(other, name), name
+        assert getattr(one, name).dtype == getattr(other, name).dtype, name
     for name in PER_SAMPLE:
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        assert getattr(one, name).dtype == getattr(other, name).dtype, name
     assert one.reward_parts.keys() == other.reward_parts.keys()
     for name, part in one.reward_parts.items():
         np.testing.assert_array_equal(part, other.reward_parts[name])
@@ -136,6 +138,18 @@ def test_a_slice_of_a_batch_reads_its_own_rows(start, length, completion, scored
     sliced = Samples.from_batches([whole.slice(start, length)])
     assert_equal(sliced, Samples.from_batches([scored(completions[start : start + length])]))
     assert sliced.ordinals.tolist() == list(range(start, start + length))
+
+
+def test_a_batch_cannot_be_changed_through_the_arrays(completion, scored):
+    completions = [completion(i, length=i + 1) for i in (3, 4, 1, 2)]
+    batch = scored(completions)
+    samples = Samples.from_batches([batch])
+    for name in ("prompt_tokens", *PER_TOKEN):
+        with pytest.raises(ValueError, match="read-only"):
+            getattr(samples, name)[:] = 0
+    for name in PER_SAMPLE:
+        getattr(samples, name)[:] = 0
+    assert batch.equals(scored(completions))
 
 
 def test_slices_together_are_the_whole(completion, scored):
