@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 
-from rlhf_dist.durable import sync_folder
-from rlhf_dist.errors import RunError
+from rlhf_dist.durable import JsonLinesLog, Record, sync_folder
+from rlhf_dist.errors import RunError, StorageError
 from rlhf_dist.experience.journal import (
     ARCHIVE_SUFFIX,
+    DELETED_FILE,
     SEGMENT_SUFFIX,
     JournalReader,
     segment_numbers,
@@ -158,13 +159,37 @@ def _next_archive(folder: Path) -> Path:
 
 
 def _delete_oldest(folder: Path, max_bytes: int) -> list[str]:
-    deleted: list[str] = []
     journal = JournalReader(folder)
-    for path in journal.archives():
-        if journal.num_bytes() <= max_bytes:
+    surplus: dict[Path, list[str]] = {}
+    num_bytes = journal.num_bytes()
+    for path, segments in journal.archives().items():
+        if num_bytes <= max_bytes:
             break
+        num_bytes -= path.stat().st_size
+        surplus[path] = segments
+    if surplus:
+        _delete(folder, surplus)
+    return [path.name for path in surplus]
+
+
+def _delete(folder: Path, surplus: Mapping[Path, Sequence[str]]) -> None:
+    """Delete archives, and write down whose samples are gone: before, so that no crash leaves a riddle."""
+    records = [{"archive": path.name, "segments": list(segments)} for path, segments in surplus.items()]
+    try:
+        _write_down(folder, records)
+        is_written = True
+    except StorageError:  # on a full disk only what is deleted makes room
+        is_written = False
+    for path in surplus:
         os.unlink(path)
-        deleted.append(path.name)
-    if deleted:
-        sync_folder(folder)
-    return deleted
+    sync_folder(folder)
+    if not is_written:
+        _write_down(folder, records)
+
+
+def _write_down(folder: Path, records: Sequence[Record]) -> None:
+    log = JsonLinesLog(folder / DELETED_FILE)
+    try:
+        log.append(records)
+    finally:
+        log.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from rlhf_dist.durable import Record, read_json_lines
 from rlhf_dist.experience.dead_letter import DEAD_LETTER_FILE
 from rlhf_dist.experience.journal import JournalReader, open_journal
 from rlhf_dist.experience.steps import STEPS_FILE, LearnerStep, StepHistory, read_history
+from rlhf_dist.types import BatchPlace
 
 MAX_LISTED = 20
 """Ordinals or steps that are listed one by one."""
@@ -59,6 +60,14 @@ class Inspection:
     """The limit that the last step was leased under."""
     stale_steps: list[int]
     """Steps trained on a sample that was older than the limit: must be empty."""
+    lost_steps: list[int]
+    """Trained steps with samples that the journal ought to hold and does not, or not whole: must be empty."""
+    num_steps_deleted: int
+    """Trained steps with samples that were deleted to keep the journal small."""
+    damaged: list[str]
+    """Batches, by segment and number, that are no longer as they were written: must be empty."""
+    has_log: bool
+    """Whether the log of decisions is there."""
     served: list[ServedVersion]
     num_segments: int
     num_archives: int
@@ -74,6 +83,12 @@ class Inspection:
             found.append(f"trained more than once: {_listed(self.doubled)}")
         if self.stale_steps:
             found.append(f"steps with samples older than their limit: {_listed(self.stale_steps)}")
+        if self.lost_steps:
+            found.append(f"steps whose samples the journal has lost: {_listed(self.lost_steps)}")
+        if self.damaged:
+            found.append(f"no longer as they were written: {_listed(self.damaged)}")
+        if not self.has_log:
+            found.append(f"there are samples and no {STEPS_FILE}, which says what became of them")
         return found
 
     def as_json(self) -> dict[str, Any]:
@@ -82,7 +97,7 @@ class Inspection:
 
 
 def inspect_run(run_folder: Path) -> Inspection:
-    """Read the journal of a run, which may be going on.
+    """Read the whole journal of a run, which may be going on.
 
     Raises:
         RunError: the folder has no journal, or it is broken.
@@ -91,7 +106,8 @@ def inspect_run(run_folder: Path) -> Inspection:
     history = read_history(journal.folder)
     letters = journal.folder / DEAD_LETTER_FILE
     trained = [step for _, step in sorted(history.steps.items()) if step.trained]
-    samples = _TrainedSamples(journal, trained)
+    damaged = journal.damaged()
+    samples = _TrainedSamples(journal, trained, damaged)
     ordinals = {ordinal for step in trained for ordinal in step.ordinals}
     settled = {o for step in history.steps.values() for o in step.ordinals} | set(history.failed)
     oldest = {step.step: samples.oldest_version(step) for step in trained}
@@ -109,6 +125,10 @@ def inspect_run(run_folder: Path) -> Inspection:
         staleness_mean=samples.mean_staleness(),
         max_staleness=trained[-1].max_staleness if trained else None,
         stale_steps=[step.step for step in trained if step.step - oldest[step.step] > step.max_staleness],
+        lost_steps=samples.lost_steps,
+        num_steps_deleted=samples.num_deleted,
+        damaged=[f"{place.segment} batch {place.batch}" for place in damaged],
+        has_log=history.samples_per_prompt is not None or not (journal.segments() or journal.archives()),
         served=_served(history),
         num_segments=len(journal.segments()),
         num_archives=len(journal.archives()),
@@ -120,8 +140,14 @@ def inspect_run(run_folder: Path) -> Inspection:
 class _TrainedSamples:
     """Columns of the samples that were trained, of those steps whose batches the journal still has."""
 
-    def __init__(self, journal: JournalReader, trained: Iterable[LearnerStep]) -> None:
-        columns = {place: _numbers(batch) for place, batch in journal.batches(_COLUMNS)}
+    def __init__(
+        self, journal: JournalReader, trained: Iterable[LearnerStep], damaged: Container[BatchPlace]
+    ) -> None:
+        columns = {
+            place: _numbers(batch) for place, batch in journal.batches(_COLUMNS) if place not in damaged
+        }
+        deleted = journal.deleted_segments()
+        self.lost_steps: list[int] = []
         self._gone: list[LearnerStep] = []
         self._samples: dict[int, np.ndarray] = {}
         """By step, [samples, 3]: ordinal, sample, oldest version."""
@@ -131,6 +157,14 @@ class _TrainedSamples:
                 self._samples[step.step] = np.concatenate(rows) if rows else _NO_SAMPLES
             else:
                 self._gone.append(step)
+                gone = [place for place, _ in step.samples if place not in columns]
+                if any(place.segment not in deleted for place in gone):
+                    self.lost_steps.append(step.step)
+
+    @property
+    def num_deleted(self) -> int:
+        """Steps with samples that were deleted to keep the journal small."""
+        return len(self._gone) - len(self.lost_steps)
 
     def oldest_version(self, step: LearnerStep) -> int:
         """By the samples themselves, where they are still there."""
@@ -209,6 +243,8 @@ def _lines(found: Inspection) -> Iterable[tuple[str, str]]:
     where = f" (why: {found.dead_letters})" if found.failed and found.dead_letters else ""
     yield "failed", _listed(list(found.failed)) + where
     yield "samples dropped", _pairs(found.samples_dropped)
+    if found.num_steps_deleted:
+        yield "deleted to save room", f"samples of {found.num_steps_deleted} steps"
     yield "samples by version", _pairs(found.samples_by_version)
     if found.staleness_max is not None:
         mean = "" if found.staleness_mean is None else f", mean {found.staleness_mean:.2f}"
@@ -227,7 +263,7 @@ def _lines(found: Inspection) -> Iterable[tuple[str, str]]:
         yield "torn ends, not counted", _pairs({f: f"{n} bytes" for f, n in found.torn_bytes.items()})
 
 
-def _listed(numbers: list[int]) -> str:
+def _listed(numbers: Sequence[int | str]) -> str:
     if not numbers:
         return "none"
     rest = ", …" if len(numbers) > MAX_LISTED else ""

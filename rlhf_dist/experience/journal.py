@@ -2,11 +2,13 @@
 
     journal/scoring-worker-0-000003.arrows    a segment: an Arrow IPC stream that one producer appended to
     journal/archive-000001.arrow              an archive: segments merged into a compressed Arrow IPC file
+    journal/deleted.jsonl                     which segments the archives held that were deleted since
     journal/steps.jsonl                       which samples went to which learner step (see `steps`)
 
 A batch has the place (segment, number in it), which stays its name in an archive, too. Only the last
 message of a segment can be torn, since each is synced before the next is written. It carries a digest of its
-bytes, as pages may reach the disk in any order; one that is cut short or does not match does not count.
+bytes, as pages may reach the disk in any order; one that is cut short or does not match does not count. In an
+archive the digest is of the decompressed batch.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from rlhf_dist.durable import sync_folder
+from rlhf_dist.durable import read_json_lines, sync_folder
 from rlhf_dist.errors import RunError, StorageError
 from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA, check_version
 from rlhf_dist.experience.steps import read_history
 from rlhf_dist.types import BatchPlace, BatchRows
 
 JOURNAL_FOLDER = "journal"
+DELETED_FILE = "deleted.jsonl"
 SEGMENT_SUFFIX = ".arrows"
 ARCHIVE_SUFFIX = ".arrow"
 DIGEST_KEY = b"rlhf_dist.digest"
@@ -175,9 +178,18 @@ class JournalReader:
         names = sorted(path.stem for path in self.folder.glob(f"*{SEGMENT_SUFFIX}"))
         return [name for name in names if name not in self._archive_of]
 
-    def archives(self) -> list[Path]:
-        """The archives, oldest first."""
-        return list(self._archives)
+    def archives(self) -> dict[Path, list[str]]:
+        """The archives, oldest first, and the segments that each holds."""
+        return {path: list(archive.segments) for path, archive in self._archives.items()}
+
+    def deleted_segments(self) -> set[str]:
+        """Those that were deleted to keep the journal small.
+
+        Raises:
+            RunError: a line before the last of the list is broken.
+        """
+        records = read_json_lines(self.folder / DELETED_FILE).records
+        return {name for record in records for name in record["segments"]}
 
     def num_batches(self, segment: str) -> int:
         """Whole batches of a segment that has a file of its own."""
@@ -195,10 +207,12 @@ class JournalReader:
 
         Only the columns asked for are read: a segment is mapped, of an archive the others stay compressed.
         """
+        names = self.segments()  # first, as a segment that is missing here is in an archive by now
+        self._list_archives()
         for archive in list(self._archives.values()) if with_archives else []:
             for name in archive.segments:
                 yield from archive.batches(name, columns)
-        for name in self.segments():
+        for name in (each for each in names if each not in self._archive_of):
             try:
                 for place, batch in self._segment(name).batches():
                     yield place, batch.select(columns)
@@ -206,6 +220,17 @@ class JournalReader:
                 self._list_archives()
                 if with_archives and name in self._archive_of:
                     yield from self._archive_of[name].batches(name, columns)
+
+    def damaged(self) -> list[BatchPlace]:
+        """Batches that are no longer as they were written, by their digests: reads the whole journal."""
+        found: list[BatchPlace] = []
+        for archive in self._archives.values():
+            for name in archive.segments:
+                found += archive.damaged(name)
+        for name in self.segments():
+            with suppress(FileNotFoundError):  # compacted meanwhile, which checks every batch
+                found += self._segment(name).damaged()
+        return found
 
     def batches_of(self, segment: str) -> Iterator[tuple[BatchPlace, pa.RecordBatch]]:
         """Every whole batch of a segment that has a file of its own."""
@@ -256,8 +281,9 @@ class JournalReader:
     def _list_archives(self) -> None:
         for path in sorted(self.folder.glob(f"*{ARCHIVE_SUFFIX}")):
             if path not in self._archives:
-                self._archives[path] = archive = _Archive(path)
-                self._archive_of |= dict.fromkeys(archive.segments, archive)
+                with suppress(FileNotFoundError):  # somebody has deleted it meanwhile
+                    self._archives[path] = archive = _Archive(path)
+                    self._archive_of |= dict.fromkeys(archive.segments, archive)
 
 
 class _Segment:
@@ -310,6 +336,10 @@ class _Segment:
             raise RunError(f"batch {number} of segment {self._path} is damaged: its digest does not match")
         return self.batch(number)
 
+    def damaged(self) -> list[BatchPlace]:
+        numbers = range(self.num_batches)
+        return [BatchPlace(self._name, number) for number in numbers if not self._is_whole(number)]
+
     def _is_whole(self, number: int) -> bool:
         begin, end, digest = self._bounds[number]
         return _body_digest(memoryview(self._bytes(begin, end))) == digest
@@ -345,7 +375,22 @@ class _Archive:
         numbers = self.segments[place.segment]
         if place.batch >= len(numbers):
             raise RunError(f"segment {place.segment} in {self._path} has no batch {place.batch}")
-        return self._file.get_batch(numbers[place.batch])
+        if (batch := self._whole_batch(numbers[place.batch])) is None:
+            raise RunError(f"batch {place.batch} of segment {place.segment} in {self._path} is damaged")
+        return batch
+
+    def damaged(self, segment: str) -> list[BatchPlace]:
+        numbers = enumerate(self.segments[segment])
+        return [BatchPlace(segment, place) for place, number in numbers if self._whole_batch(number) is None]
+
+    def _whole_batch(self, number: int) -> pa.RecordBatch | None:
+        """None where it cannot be decompressed, or is not what was."""
+        try:
+            batch, metadata = self._file.get_batch_with_custom_metadata(number)
+        except (pa.ArrowInvalid, OSError):
+            return None
+        digest = _body_digest(memoryview(batch.serialize()))
+        return batch if metadata is not None and metadata.get(DIGEST_KEY) == digest else None
 
 
 def write_archive(path: Path, journal: JournalReader, segments: Sequence[str]) -> None:
@@ -378,7 +423,9 @@ def _write_archive(file: BinaryIO, journal: JournalReader, contents: Sequence[tu
     with pa.ipc.new_file(file, EXPERIENCE_SCHEMA, options=options, metadata=metadata) as writer:
         for name, num_batches in contents:
             for number in range(num_batches):
-                writer.write_batch(journal.read(BatchPlace(name, number)))
+                batch = journal.read(BatchPlace(name, number))
+                digest = _body_digest(memoryview(batch.serialize()))
+                writer.write_batch(batch, custom_metadata={DIGEST_KEY: digest})
 
 
 def read_table(run_folder: Path | str, columns: Sequence[str] | None = None) -> pa.Table:

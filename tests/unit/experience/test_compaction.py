@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pyarrow.compute as pc
 import pytest
 
+from rlhf_dist.errors import RunError, StorageError
 from rlhf_dist.experience import compaction, steps
 from rlhf_dist.experience.compaction import Compaction
 from rlhf_dist.experience.journal import JOURNAL_FOLDER, JournalReader, JournalWriter, read_table
@@ -231,6 +232,21 @@ def test_a_damaged_batch_keeps_its_own_segment_from_being_merged_and_no_other(jo
     assert path.read_bytes() == damaged
 
 
+def test_bytes_that_changed_in_an_archive_are_noticed(journal):
+    before = contents(journal)
+    compact(journal, keep_from_step=1, archive_bytes=1)
+    path = journal / "archive-000001.arrow"
+    assert JournalReader(journal).damaged() == []
+    content = bytearray(path.read_bytes())
+    middle = content.index(b"\x28\xb5\x2f\xfd") + 20  # in a zstd frame
+    content[middle] ^= 0xFF
+    path.write_bytes(content)
+    [first, *_] = before
+    assert JournalReader(journal).damaged() == [first]
+    with pytest.raises(RunError, match="batch 0 of segment scorer-000001 in"):
+        JournalReader(journal).read(first)
+
+
 def test_a_damaged_archive_is_told(journal):
     compact(journal, keep_from_step=2, archive_bytes=1)
     os.truncate(journal / "archive-000001.arrow", 0)
@@ -254,13 +270,33 @@ def test_the_oldest_archives_are_deleted_while_the_journal_is_too_large(journal)
     assert read_table(journal.parent)["ordinal"].to_pylist() == [8, 9, 10, 11], "steps that may be repeated"
 
 
+def test_what_is_deleted_is_written_down_before_and_on_a_full_disk_after(journal, monkeypatch):
+    compact(journal, keep_from_step=4, archive_bytes=1)
+    monkeypatch.setattr(os, "unlink", lambda _: (_ for _ in ()).throw(CrashError))
+    with pytest.raises(CrashError):
+        compact(journal, keep_from_step=0, max_bytes=1)
+    monkeypatch.undo()
+    assert JournalReader(journal).deleted_segments() == set(segments(1, 2, 3, 4))
+    (journal / "deleted.jsonl").unlink()
+    append, failures = compaction.JsonLinesLog.append, iter([StorageError("full")])
+
+    def fail_once(log, records):
+        for failure in failures:
+            raise failure
+        append(log, records)
+
+    monkeypatch.setattr(compaction.JsonLinesLog, "append", fail_once)
+    assert len(compact(journal, keep_from_step=0, max_bytes=1).archives_deleted) == 4
+    assert JournalReader(journal).deleted_segments() == set(segments(1, 2, 3, 4))
+
+
 def test_archives_are_compressed(journal, completion, scored):
     writer = JournalWriter(journal, "long", max_segment_bytes=1)
     for attempt in range(2):
         writer.append(scored([completion(0, length=5000, attempt=attempt)]))
     size = (journal / "long-000001.arrows").stat().st_size
     compact(journal, keep_from_step=1, archive_bytes=1)
-    assert JournalReader(journal).archives()[0].stat().st_size < 0.7 * size
+    assert next(iter(JournalReader(journal).archives())).stat().st_size < 0.7 * size
 
 
 def test_readers_and_their_selections_go_on_while_segments_move(journal):

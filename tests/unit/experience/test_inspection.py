@@ -136,6 +136,42 @@ def test_what_was_deleted_is_known_from_the_log(run):
     assert (found.staleness_max, found.doubled, found.num_ordinals_trained) == (1, [0], 3)
 
 
+def test_what_was_deleted_to_save_room_is_no_violation(run):
+    for step in range(3):
+        run.step(step, (step, 0, step), (step, 1, step))
+    compact(run.folder, Ordinals([0]), archive_bytes=1, max_bytes=1)
+    found = run.inspect()
+    assert (found.num_steps_deleted, found.lost_steps, found.violations) == (1, [], [])
+
+
+def test_samples_that_a_trained_step_has_lost_are_a_violation(run):
+    for step in range(2):
+        run.step(step, (step, 0, step), (step, 1, step))
+    path = run.folder / "scorer-000002.arrows"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert run.inspect().violations == ["steps whose samples the journal has lost: 1: 1"]
+    path.unlink()
+    assert run.inspect().violations == ["steps whose samples the journal has lost: 1: 1"]
+
+
+def test_bytes_that_changed_are_a_violation(run):
+    run.step(0, (0, 0, 0), (0, 1, 0))
+    path = run.folder / "scorer-000001.arrows"
+    path.write_bytes(path.read_bytes().replace(b"response 0.1", b"response 9.1"))
+    assert run.inspect().violations == [
+        "steps whose samples the journal has lost: 1: 0",
+        "no longer as they were written: 1: scorer-000001 batch 0",
+    ]
+
+
+def test_samples_without_a_log_are_a_violation(run):
+    run.step(0, (0, 0, 0), (0, 1, 0))
+    (run.folder / "steps.jsonl").unlink()
+    assert run.inspect().violations == [
+        "there are samples and no steps.jsonl, which says what became of them"
+    ]
+
+
 def test_torn_ends_are_named(run):
     run.step(0, (0, 0, 0), (0, 1, 0))
     path = run.folder / "scorer-000001.arrows"
