@@ -125,8 +125,7 @@ class _OpenSegment:
         self.num_bytes = 0
 
     def append(self, batch: pa.RecordBatch) -> BatchPlace:
-        digest = _body_digest(memoryview(batch.serialize()))
-        self._stream.write_batch(batch, custom_metadata={DIGEST_KEY: digest})
+        self._stream.write_batch(batch, custom_metadata={DIGEST_KEY: _batch_digest(batch)})
         self._write()
         self._num_batches += 1
         return BatchPlace(self._name, self._num_batches - 1)
@@ -389,8 +388,7 @@ class _Archive:
             batch, metadata = self._file.get_batch_with_custom_metadata(number)
         except (pa.ArrowInvalid, OSError):
             return None
-        digest = _body_digest(memoryview(batch.serialize()))
-        return batch if metadata is not None and metadata.get(DIGEST_KEY) == digest else None
+        return batch if metadata is not None and metadata.get(DIGEST_KEY) == _batch_digest(batch) else None
 
 
 def write_archive(path: Path, journal: JournalReader, segments: Sequence[str]) -> None:
@@ -424,8 +422,7 @@ def _write_archive(file: BinaryIO, journal: JournalReader, contents: Sequence[tu
         for name, num_batches in contents:
             for number in range(num_batches):
                 batch = journal.read(BatchPlace(name, number))
-                digest = _body_digest(memoryview(batch.serialize()))
-                writer.write_batch(batch, custom_metadata={DIGEST_KEY: digest})
+                writer.write_batch(batch, custom_metadata={DIGEST_KEY: _batch_digest(batch)})
 
 
 def read_table(run_folder: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -487,6 +484,10 @@ def segment_numbers(folder: Path) -> dict[str, list[int]]:
         producer, _, number = path.stem.rpartition("-")
         numbers.setdefault(producer, []).append(int(number))
     return numbers
+
+
+def _batch_digest(batch: pa.RecordBatch) -> bytes:
+    return _body_digest(memoryview(batch.serialize()))
 
 
 def _body_digest(message: memoryview) -> bytes:
