@@ -62,7 +62,7 @@ class JsonLinesLog:
         Raises:
             StorageError: they cannot be written.
         """
-        lines = b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+        lines = b"".join(map(json_line, records))
         if not lines:
             return
         try:
@@ -93,12 +93,25 @@ def read_json_lines(path: Path) -> JsonLines:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            records.append(_record(line))
         except ValueError as error:
             if number == len(lines) and not rest:
                 return JsonLines(records, len(line) + 1)  # its pages did not all reach the disk
             raise RunError(f"{path} line {number} is broken: {line[:80]!r}") from error
     return JsonLines(records, len(rest))
+
+
+def json_line(record: Record) -> bytes:
+    """The record's line. Text that UTF-8 has no bytes for (half a surrogate pair) is escaped, as JSON can."""
+    return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def _record(line: bytes) -> Record:
+    """Raises ValueError where the line is no JSON object."""
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    return record
 
 
 def sync_folder(folder: Path) -> None:

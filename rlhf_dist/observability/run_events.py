@@ -11,14 +11,13 @@ when the loss was noticed until the role worked again. Each line `lost` is answe
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rlhf_dist.durable import read_json_lines
+from rlhf_dist.durable import json_line, read_json_lines
 from rlhf_dist.errors import StorageError
 
 
@@ -80,10 +79,10 @@ class RunEvents:
 
     def _write(self, event: str, **fields: Any) -> None:
         time = datetime.now(UTC).isoformat(timespec="microseconds")
-        line = json.dumps({"time": time, "event": event, "step": self.step} | fields, ensure_ascii=False)
+        line = json_line({"time": time, "event": event, "step": self.step} | fields)
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self._path.open("ab") as file:
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -134,8 +134,8 @@ def weighted_sum(parts: dict[str, list[float]], weights: dict[str, float], num_s
 
 
 def _quoted(text: str) -> str:
-    """In one line, and not too long a one."""
-    line = " ".join(text.split())
+    """In one line, not too long, that every file and terminal takes: half a surrogate pair is escaped."""
+    line = " ".join(text.split()).encode(errors="backslashreplace").decode()
     return line if len(line) <= MAX_QUOTED else line[:MAX_QUOTED] + "…"
 
 

@@ -94,3 +94,18 @@ def test_an_append_that_failed_leaves_nothing(path, monkeypatch):
             log.append([{"b": 2}])
     log.append([{"c": 3}])
     assert read_json_lines(path) == JsonLines([{"a": 1}, {"c": 3}], 0)
+
+
+def test_half_a_surrogate_pair_is_written_and_read(path):
+    log = JsonLinesLog(path)
+    log.append([{"reason": "bad \ud800 text, good ü"}])
+    assert path.read_bytes() == '{"reason": "bad \\ud800 text, good ü"}\n'.encode()
+    assert read_json_lines(path).records == [{"reason": "bad \ud800 text, good ü"}]
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "null"])
+def test_a_line_that_is_no_object_is_broken(line, path):
+    path.parent.mkdir()
+    path.write_text(f'{line}\n{{"a": 1}}\n')
+    with pytest.raises(RunError, match=r"log\.jsonl line 1 is broken"):
+        read_json_lines(path)

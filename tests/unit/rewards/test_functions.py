@@ -146,6 +146,16 @@ def test_a_message_has_one_line_however_much_was_raised_or_returned():
         returning("{" * 10_000)
 
 
+def test_a_message_can_be_written_whatever_was_raised():
+    def score(*_):
+        raise ValueError("half a pair: \ud800")
+
+    with pytest.raises(RewardError) as caught:
+        call(score)
+    assert r"raised ValueError: half a pair: \ud800 (" in str(caught.value)
+    str(caught.value).encode()
+
+
 def test_a_function_that_would_end_the_process_has_raised():
     def score(*_):
         raise SystemExit("done")
