@@ -155,6 +155,11 @@ def _reinforce(
             before = recovery.survive(partial(flow.answers, rows), next_step=0)
             write_json(folder.answers, {"prompts": texts, "before": before})
         log = MetricsLog(folder.metrics, first_step=first_step)
+        if log.missing_steps:
+            progress.say(
+                f"{folder.metrics} has lost {len(log.missing_steps)} of the {first_step} steps before step "
+                f"{first_step}, the first of them step {log.missing_steps[0]}; the report goes without them"
+            )
         unsaved: list[Metrics] = []  # of the step that was done last, where no checkpoint holds it
 
         def save() -> None:

@@ -60,6 +60,8 @@ class Inspection:
     """The limit that the last step was leased under."""
     stale_steps: list[int]
     """Steps trained on a sample that was older than the limit: must be empty."""
+    absent_steps: list[int]
+    """Steps below the last one that the log does not have: must be empty."""
     lost_steps: list[int]
     """Trained steps with samples that the journal ought to hold and does not, or not whole: must be empty."""
     num_steps_deleted: int
@@ -83,6 +85,8 @@ class Inspection:
             found.append(f"trained more than once: {_listed(self.doubled)}")
         if self.stale_steps:
             found.append(f"steps with samples older than their limit: {_listed(self.stale_steps)}")
+        if self.absent_steps:
+            found.append(f"steps that {STEPS_FILE} does not have: {_listed(self.absent_steps)}")
         if self.lost_steps:
             found.append(f"steps whose samples the journal has lost: {_listed(self.lost_steps)}")
         if self.damaged:
@@ -125,6 +129,7 @@ def inspect_run(run_folder: Path) -> Inspection:
         staleness_mean=samples.mean_staleness(),
         max_staleness=trained[-1].max_staleness if trained else None,
         stale_steps=[step.step for step in trained if step.step - oldest[step.step] > step.max_staleness],
+        absent_steps=sorted(set(range(max(history.steps, default=0))) - set(history.steps)),
         lost_steps=samples.lost_steps,
         num_steps_deleted=samples.num_deleted,
         damaged=[f"{place.segment} batch {place.batch}" for place in damaged],

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_dist.durable import JsonLinesLog, Record, read_json_lines
+from rlhf_dist.errors import RunError
 from rlhf_dist.types import BatchPlace, BatchRows, SampleInfo
 
 STEPS_FILE = "steps.jsonl"
@@ -82,10 +83,16 @@ def read_history(folder: Path) -> StepHistory:
     """Read the log of a journal folder; a torn last line does not count.
 
     Raises:
-        RunError: a line before the last is broken.
+        RunError: a line before the last is broken, or lacks what it must have.
     """
     lines = read_json_lines(folder / STEPS_FILE)
-    history = history_of(lines.records)
+    try:
+        history = history_of(lines.records)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{folder / STEPS_FILE} has a record that is none ({type(error).__name__}: {error}): it was "
+            "changed, or another version wrote it"
+        ) from error
     history.num_torn_bytes = lines.num_torn_bytes
     return history
 

@@ -112,9 +112,11 @@ def test_the_same_step_trained_again_is_none(run):
 
 
 def test_a_sample_that_was_too_old_is_a_violation_whatever_the_log_says(run):
-    run.step(3, (0, 0, 2), (0, 1, 3))
+    for step in range(3):
+        run.step(step, (step, 0, step), (step, 1, step))
+    run.step(3, (3, 0, 2), (3, 1, 3))
     assert run.inspect().violations == []
-    run.step(4, (1, 0, 2), (1, 1, 4))
+    run.step(4, (4, 0, 2), (4, 1, 4))
     assert (run.inspect().staleness_max, run.inspect().stale_steps) == (2, [4])
     log = run.folder / "steps.jsonl"
     log.write_text(log.read_text().replace('"oldest_version": 2', '"oldest_version": 4'))
@@ -152,6 +154,12 @@ def test_samples_that_a_trained_step_has_lost_are_a_violation(run):
     assert run.inspect().violations == ["steps whose samples the journal has lost: 1: 1"]
     path.unlink()
     assert run.inspect().violations == ["steps whose samples the journal has lost: 1: 1"]
+
+
+def test_steps_that_the_log_has_lost_are_a_violation(run):
+    for step in (0, 1, 3):
+        run.step(step, (step, 0, step), (step, 1, step))
+    assert run.inspect().violations == ["steps that steps.jsonl does not have: 1: 2"]
 
 
 def test_bytes_that_changed_are_a_violation(run):

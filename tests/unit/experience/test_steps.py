@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rlhf_dist.errors import RunError
 from rlhf_dist.experience import steps
 from rlhf_dist.experience.steps import LearnerStep, StepHistory, StepsLog, read_history
 from rlhf_dist.types import BatchPlace, BatchRows, SampleInfo
@@ -54,3 +55,12 @@ def test_drops_are_counted_by_reason_and_failures_kept(log, tmp_path):
     assert history.stale == {(7, 0, 1), (7, 1, 1), (9, 0, 0)}
     assert history.failed == {9: ["too long", "worker lost"]}
     assert [record["version"] for record in history.served] == [3]
+
+
+@pytest.mark.parametrize(
+    "record", [{"event": "trained", "step": 9, "policy_digest": None}, {"event": "leased"}, {"step": 4}]
+)
+def test_a_record_that_lacks_something_is_one_message(record, log, tmp_path):
+    log.append([record])
+    with pytest.raises(RunError, match=r"steps\.jsonl has a record that is none"):
+        read_history(tmp_path)

@@ -52,6 +52,7 @@ def test_opening_at_a_step_forgets_those_that_will_be_done_again(first_step, kep
     filled(path, 4)
     log = MetricsLog(path, first_step=first_step)
     assert [row["step"] for row in read_metrics(path)] == kept
+    assert log.missing_steps == [step for step in range(first_step) if step not in kept]
     log.append({"step": first_step, "again": True})
     assert read_metrics(path)[-1] == {"step": first_step, "again": True}
     assert [row["step"] for row in read_metrics(path)] == [*kept, first_step]
