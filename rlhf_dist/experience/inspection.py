@@ -129,7 +129,7 @@ def inspect_run(run_folder: Path) -> Inspection:
         staleness_mean=samples.mean_staleness(),
         max_staleness=trained[-1].max_staleness if trained else None,
         stale_steps=[step.step for step in trained if step.step - oldest[step.step] > step.max_staleness],
-        absent_steps=sorted(set(range(max(history.steps, default=0))) - set(history.steps)),
+        absent_steps=sorted(set(range(max(history.steps, default=0))) - history.steps.keys()),
         lost_steps=samples.lost_steps,
         num_steps_deleted=samples.num_deleted,
         damaged=[f"{place.segment} batch {place.batch}" for place in damaged],

@@ -68,6 +68,8 @@ class StepHistory:
 
     samples_per_prompt: int | None = None
     """None: no ledger ever began."""
+    max_staleness: int = 0
+    """The limit that steps are leased under from here on."""
     steps: dict[int, LearnerStep] = field(default_factory=dict)
     failed: dict[int, list[str]] = field(default_factory=dict)
     """By ordinal: why."""
@@ -85,41 +87,52 @@ def read_history(folder: Path) -> StepHistory:
     Raises:
         RunError: a line before the last is broken, or lacks what it must have.
     """
-    lines = read_json_lines(folder / STEPS_FILE)
-    try:
-        history = history_of(lines.records)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{folder / STEPS_FILE} has a record that is none ({type(error).__name__}: {error}): it was "
-            "changed, or another version wrote it"
-        ) from error
+    path = folder / STEPS_FILE
+    lines = read_json_lines(path)
+    history = history_of(lines.records, name=str(path))
     history.num_torn_bytes = lines.num_torn_bytes
     return history
 
 
-def history_of(records: Iterable[Record]) -> StepHistory:
-    """What the records of a log say, taken together."""
+def history_of(records: Iterable[Record], *, name: str = STEPS_FILE) -> StepHistory:
+    """What the records of a log say, taken together.
+
+    Args:
+        name: of the log, for what is raised.
+
+    Raises:
+        RunError: a record lacks what it must have.
+    """
     history = StepHistory()
-    max_staleness = 0
-    for record in records:
-        match record["event"]:
-            case "started":
-                history.samples_per_prompt = record["samples_per_prompt"]
-                max_staleness = record["max_staleness"]
-            case "leased":
-                history.steps[record["step"]] = _learner_step(record, max_staleness)
-            case "trained":
-                history.steps[record["step"]].trained = True
-                history.steps[record["step"]].policy_digest = record["policy_digest"]
-            case "dropped":
-                history.dropped[record["reason"]] += len(record["samples"])
-                if record["reason"] == "stale":
-                    history.stale.update((o, s, a) for o, s, a in record["samples"])
-            case "failed":
-                history.failed[record["ordinal"]] = record["reasons"]
-            case "served":
-                history.served.append(record)
+    for number, record in enumerate(records, start=1):
+        try:
+            _add(record, history)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{name} has a record that is none (line {number}, {type(error).__name__}: {error}): it was "
+                "changed, or another version wrote it"
+            ) from error
     return history
+
+
+def _add(record: Record, history: StepHistory) -> None:
+    match record["event"]:
+        case "started":
+            history.samples_per_prompt = record["samples_per_prompt"]
+            history.max_staleness = record["max_staleness"]
+        case "leased":
+            history.steps[record["step"]] = _learner_step(record, history.max_staleness)
+        case "trained":
+            history.steps[record["step"]].trained = True
+            history.steps[record["step"]].policy_digest = record["policy_digest"]
+        case "dropped":
+            history.dropped[record["reason"]] += len(record["samples"])
+            if record["reason"] == "stale":
+                history.stale.update((o, s, a) for o, s, a in record["samples"])
+        case "failed":
+            history.failed[record["ordinal"]] = record["reasons"]
+        case "served":
+            history.served.append(record)
 
 
 def started_record(*, samples_per_prompt: int, max_staleness: int) -> Record:

@@ -28,10 +28,10 @@ class MetricsLog:
         """
         self._path = path
         kept = [metrics for metrics in read_metrics(path) if metrics["step"] < first_step]
-        temporary = path.with_suffix(".tmp")
-        self._write(temporary, "w", kept)
         self.missing_steps = sorted(set(range(first_step)) - {metrics["step"] for metrics in kept})
         """Steps before `first_step` that the file has lost."""
+        temporary = path.with_suffix(".tmp")
+        self._write(temporary, "w", kept)
         with self._writing():
             temporary.rename(path)
             sync_folder(path.parent)

@@ -62,5 +62,5 @@ def test_drops_are_counted_by_reason_and_failures_kept(log, tmp_path):
 )
 def test_a_record_that_lacks_something_is_one_message(record, log, tmp_path):
     log.append([record])
-    with pytest.raises(RunError, match=r"steps\.jsonl has a record that is none"):
+    with pytest.raises(RunError, match=r"steps\.jsonl has a record that is none \(line 3, KeyError: "):
         read_history(tmp_path)
