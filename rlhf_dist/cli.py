@@ -95,9 +95,11 @@ def inspect(
 ) -> None:
     """Check a run's journal: every prompt trained once, no token too old. Exit code 1 if not."""
     with _errors_for_people(verbose=False):
+        from rlhf_dist.driver.run_folder import RunFolder
+        from rlhf_dist.driver.starting_point import reported_steps
         from rlhf_dist.experience.inspection import inspect_run, print_inspection
 
-        found = inspect_run(run_folder)
+        found = inspect_run(run_folder, reported=reported_steps(RunFolder(run_folder)))
         if as_json:
             print(json.dumps(found.as_json(), indent=2))
         else:

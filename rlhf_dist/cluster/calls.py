@@ -79,19 +79,6 @@ def wait_for_all(calls: Sequence[Call], timeout_s: float) -> list[Any]:
     return [ray.get(call.ref) for call in calls]
 
 
-def next_of(stream: ray.ObjectRefGenerator, worker: str, action: str, timeout_s: float) -> Call:
-    """The next item of a streaming call, which has been produced (or has failed) when this returns.
-
-    Raises:
-        DeadlineError: it was not produced in time.
-        StopIteration: the stream has ended.
-    """
-    ready, _ = ray.wait([stream], timeout=timeout_s, fetch_local=False)
-    if not ready:
-        raise late(worker, action, timeout_s)
-    return Call(next(stream), worker, action)
-
-
 def explain(error: RayError, worker: str, action: str) -> RunError:
     """What a failed call means, as one message."""
     cause = error.cause if isinstance(error, RayTaskError) else None

@@ -29,7 +29,7 @@ def ray_session(address: str | None, *, verbose: bool) -> Iterator[None]:
     local_only = {"include_dashboard": False} if target == "local" else {}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        # Ray's own words about a worker's end would stand beside the run's one message.
+        # Most of Ray's own words about a worker's end, which would stand beside the run's one message.
         level = logging.WARNING if verbose else logging.CRITICAL
         ray.init(address=target, logging_level=level, log_to_driver=verbose, **local_only)
     except (ConnectionError, RuntimeError, ValueError) as error:

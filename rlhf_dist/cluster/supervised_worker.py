@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,13 +48,12 @@ class SupervisedWorker(RankWorker):
             dtype=torch_dtype(settings.dtype, on_gpu=settings.gpus_per_worker > 0),
         )
 
-    def train(self) -> Iterator[float]:
-        """All steps; yields the loss of each, in nats a response token."""
+    def step(self, step: int) -> float:
+        """Train on one batch of demonstrations; returns the loss, in nats a response token."""
         from rlhf_dist.engines.supervised import rows_of_step
 
-        for step in range(self._sft.num_steps):
-            rows = rows_of_step(step, batch_size=self._sft.batch_size, order=self._order)
-            yield self._trainer.step(self._demonstrations, rows)
+        rows = rows_of_step(step, batch_size=self._sft.batch_size, order=self._order)
+        return self._trainer.step(self._demonstrations, rows)
 
     def export_policy(self, folder: Path) -> None:
         """Write the policy as a Hugging Face folder, without its tokenizer."""

@@ -15,6 +15,7 @@ from rlhf_dist.driver.run_folder import RunFolder
 from rlhf_dist.errors import ConfigError, RunError
 from rlhf_dist.experience.journal import JournalReader
 from rlhf_dist.experience.steps import STEPS_FILE, LearnerStep, StepHistory, read_history
+from rlhf_dist.observability.metrics import read_metrics
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ def starting_point(folder: RunFolder, config: Config) -> StartingPoint:
         if damaged:
             _check_journal(folder, history, damaged)
             notes.append("no checkpoint is whole: all steps are done again, from the journal")
+        _check_samples(folder, history, 0)
         return StartingPoint(notes=tuple(notes))
     _check_recorded(folder, history, checkpoint)
+    _check_samples(folder, history, step_of(checkpoint))
     state = check_state(checkpoint, config)
     if config.run.num_steps < state.next_step:
         raise ConfigError(
@@ -100,6 +103,17 @@ def newest_whole_checkpoint(
             return checkpoint, damaged
         damaged.append(Damaged(checkpoint, reason))
     return None, damaged
+
+
+def reported_steps(folder: RunFolder) -> set[int]:
+    """Steps that are done by what a run has written beside its journal: its metrics and its checkpoints.
+
+    Raises:
+        RunError: the metrics are broken.
+    """
+    checkpoints = named_checkpoints(folder.checkpoints, with_best=True)
+    before_newest = range(step_of(checkpoints[-1]) if checkpoints else 0)
+    return {metrics["step"] for metrics in read_metrics(folder.metrics)}.union(before_newest)
 
 
 def has_samples(journal: JournalReader, step: LearnerStep) -> bool:
@@ -145,3 +159,17 @@ def _check_recorded(folder: RunFolder, history: StepHistory, checkpoint: Path) -
                 "deleted, or is not that of this run; bring it back from a copy, or start anew with "
                 "--overwrite"
             )
+
+
+def _check_samples(folder: RunFolder, history: StepHistory, first_step: int) -> None:
+    """What steps from there on have been given has to be whole: they are repeated with exactly that."""
+    journal = JournalReader(folder.journal)
+    for step in sorted(history.steps.keys() - range(first_step)):
+        try:
+            for place, _ in history.steps[step].samples:
+                journal.read(place)
+        except RunError as error:
+            raise RunError(
+                f"the samples of step {step}, which the run goes on with, are not all there: {error}; bring "
+                f"{folder.journal} back from a copy, or start anew with --overwrite"
+            ) from error

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import ray
 
-from rlhf_dist.cluster.calls import Call, next_of, wait_for, wait_for_all
 from rlhf_dist.cluster.events import Events
+from rlhf_dist.cluster.liveness import Heartbeats
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.rank_group import RankGroup
 from rlhf_dist.cluster.supervised_worker import SupervisedWorker
@@ -37,28 +37,27 @@ def supervised_stage(
     progress.say(f"supervised stage: {sft.num_steps} steps on {len(demonstrations)} demonstrations")
     if demonstrations.num_skipped:
         progress.say(f"demonstrations over the limit, left out: {demonstrations.num_skipped}")
+    events, recovery = Events(), config.recovery
+    heartbeats = Heartbeats(
+        events, interval_s=recovery.heartbeat_interval_s, timeout_s=recovery.heartbeat_timeout_s
+    )
     group = RankGroup(SupervisedWorker, share, config.cluster)
     try:
         table = ray.put(demonstrations.table)
-        events = Events()
         group.start(events, config.learner, sft, model=model, demonstrations=table, seed=config.run.seed)
-        _train(group, sft, timeout_s=config.cluster.step_timeout_s, progress=progress)
+        for rank in range(len(group.workers)):
+            group.workers.watch(heartbeats, rank)
+        _train(group, events, sft, timeout_s=config.cluster.step_timeout_s, progress=progress)
         export_policy(group, events, folder, tokenizer_of=model)
     finally:
         group.end()
 
 
-def _train(group: RankGroup, sft: SFTSettings, *, timeout_s: float, progress: Progress) -> None:
-    streams = [actor.train.options(num_returns="streaming").remote() for actor in group.workers.actors]
+def _train(
+    group: RankGroup, events: Events, sft: SFTSettings, *, timeout_s: float, progress: Progress
+) -> None:
     for step in range(sft.num_steps):
         action = f"do supervised step {step}"
-        calls = [
-            next_of(stream, group.workers.name(rank), action, timeout_s)
-            for rank, stream in enumerate(streams)
-        ]
-        loss = wait_for_all(calls, timeout_s)[0]
+        loss = group.call_all(events, "step", step, action=action, timeout_s=timeout_s)[0]
         if (step + 1) % max(1, sft.num_steps // REPORTS) == 0:
             progress.say(f"supervised step {step + 1}/{sft.num_steps}  loss {loss:.3f} nats a token")
-    for rank, stream in enumerate(streams):
-        done = Call(stream.completed(), group.workers.name(rank), "finish the supervised stage")
-        wait_for(done, timeout_s)

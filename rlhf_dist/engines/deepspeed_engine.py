@@ -85,6 +85,11 @@ class DeepSpeedEngine:
         return float(norm)
 
     @property
+    def skips_overflow(self) -> bool:
+        """Whether an update whose gradient is not finite is left out, as it is now and then in float16."""
+        return bool(self._engine.fp16_enabled())
+
+    @property
     def learning_rate(self) -> float:
         """Of the next update."""
         return float(self._engine.get_lr()[0])

@@ -16,6 +16,7 @@ Consumes a batch (`Samples`), produces new policy weights. In one step, on every
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -40,6 +41,7 @@ from rlhf_dist.engines.scalar_model import ValueModel
 from rlhf_dist.engines.settings import LearnerSettings
 from rlhf_dist.engines.step_metrics import sample_metrics, token_metrics
 from rlhf_dist.engines.trust_region import BatchObjective, trust_region_step
+from rlhf_dist.errors import RunError
 from rlhf_dist.experience.samples import Samples
 from rlhf_dist.experience.sequences import SequenceBatch, sequence_batch
 from rlhf_dist.types import FileDigest, Probe, PublishedWeights
@@ -116,6 +118,9 @@ class Learner:
         Args:
             step: learner step, from 0.
             temperature: what the samples were drawn at, and so what log-probabilities are taken at.
+
+        Raises:
+            RunError: a gradient was not finite, and the parameters are no more either.
         """
         packed = all(engine.module.packs for _, engine in self._engines())
         plan = learner_plan(
@@ -139,7 +144,9 @@ class Learner:
         with_policy, region = self._algorithm.trains_policy(step), self._algorithm.needs.trust_region
         if with_policy and region is not None:
             metrics |= self._trust_region_step(region, data, plan.forward, temperature)
-        return metrics | self._update(data, plan, temperature, with_policy=with_policy and region is None)
+        metrics |= self._update(data, plan, temperature, with_policy=with_policy and region is None)
+        self._check_gradients(step, metrics)
+        return metrics
 
     def publish(self, version: int, probe_tokens: Sequence[int], *, node: str) -> PublishedWeights | None:
         """Write a snapshot of the policy with the learner's answer to the probe; None except on rank 0.
@@ -272,6 +279,17 @@ class Learner:
             metrics |= {"policy_learning_rate": learning_rate, "policy_approx_kl_last": approx_kl}
             self._algorithm.after_updates(approx_kl)
         return metrics
+
+    def _check_gradients(self, step: int, metrics: dict[str, float]) -> None:
+        for name, engine in self._engines():
+            norm = metrics.get(f"{name}_grad_norm", 0.0)
+            if not (math.isfinite(norm) or engine.skips_overflow):
+                raise RunError(
+                    f"learner step {step}: the gradient of the {name} model is not finite (norm {norm}), of "
+                    f"samples with rewards from {metrics['reward_min']:g} to {metrics['reward_max']:g}; give "
+                    "rewards of a smaller size (their weight scales them) or a lower learning rate. --resume "
+                    "repeats the step with the same samples, from the last checkpoint"
+                )
 
     def _trust_region_step(
         self, region: TrustRegion, data: StepData, batches: RankBatches, temperature: float

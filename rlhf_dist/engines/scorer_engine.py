@@ -27,7 +27,14 @@ from rlhf_dist.errors import RewardError, RewardTimeoutError
 from rlhf_dist.experience.journal import take_rows
 from rlhf_dist.experience.schema import scored_batch
 from rlhf_dist.experience.sequences import SequenceBatch, sequence_batch
-from rlhf_dist.rewards.functions import FunctionCaller, check_scores, load_function, raised, weighted_sum
+from rlhf_dist.rewards.functions import (
+    FunctionCaller,
+    check_scores,
+    is_finite,
+    load_function,
+    raised,
+    weighted_sum,
+)
 from rlhf_dist.rewards.settings import ModelRewardSettings, RewardSettings
 
 Scores = list[float]
@@ -120,8 +127,8 @@ class ScorerEngine:
         parts, failed = score_parts(self._parts, rollouts)
         rewards = weighted_sum(parts, self._weights, rollouts.num_rows)
         for row, reward in enumerate(rewards):
-            if row not in failed and not math.isfinite(reward):
-                failed[row] = f"the weighted sum of the rewards is {reward}"
+            if row not in failed and not is_finite(reward):
+                failed[row] = f"the weighted sum of the rewards is {reward}, which is not finite in float32"
         references: dict[int, np.ndarray] = {}
         if self._reference is not None:
             rows = _without(failed, rollouts)

@@ -10,6 +10,7 @@ The environment of `cluster.placement.RoleShare` must be set before vllm is impo
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm import SamplingParams, TokensPrompt
@@ -30,12 +31,23 @@ from rlhf_dist.types import (
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput, RequestOutput
+    from vllm.v1.worker.worker_base import WorkerBase
 
     from rlhf_dist.engines.settings import RolloutSettings
 
 GIB = 1024**3
 PREFILL_TOKENS = 2048
 """Of a step on CPU, at least: prompts, and the responses of requests that begin anew under new weights."""
+
+
+def _delete_meeting_place(worker: WorkerBase) -> None:
+    """Delete the file in the temporary folder through which an engine's processes have met.
+
+    Its removal is left to the end of the process otherwise, which a killed one does not live to see.
+    """
+    scheme, _, path = worker.distributed_init_method.partition("://")
+    if scheme == "file":
+        Path(path).unlink(missing_ok=True)
 
 
 class VLLMEngine:
@@ -76,6 +88,7 @@ class VLLMEngine:
             )
         )
         self._engine.collective_rpc("init_weight_transfer_engine", args=({},))
+        self._engine.collective_rpc(_delete_meeting_place)
         self._requests: dict[str, GenerationRequest] = {}
         self._finished_during_probe: list[Completion] = []
         self._num_added = self._num_probes = 0

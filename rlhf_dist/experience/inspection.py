@@ -41,7 +41,8 @@ class Inspection:
     """Given their samples and not trained yet."""
     num_ordinals_trained: int
     missing: list[int]
-    """Ordinals below the highest trained one that neither a step has nor were given up."""
+    """Ordinals below the highest trained one that neither a step has nor were given up. Must be empty where
+    every step was leased under `max_staleness` 0; others may still be under way."""
     doubled: list[int]
     """Ordinals with a sample that was trained more than once: must be empty."""
     failed: dict[int, list[str]]
@@ -58,12 +59,15 @@ class Inspection:
     """Over the samples of `samples_by_version`."""
     max_staleness: int | None
     """The limit that the last step was leased under."""
+    is_synchronous: bool
+    """Whether every step was leased under a limit of 0, and so in the order of the prompts."""
     stale_steps: list[int]
     """Steps trained on a sample that was older than the limit: must be empty."""
     absent_steps: list[int]
-    """Steps below the last one that the log does not have: must be empty."""
+    """Steps before the log's last one that it does not have, and such as are done by what else the run has
+    written, and not by the log: must be empty."""
     lost_steps: list[int]
-    """Trained steps with samples that the journal ought to hold and does not, or not whole: must be empty."""
+    """Steps with samples that the journal ought to hold and does not, or not whole: must be empty."""
     num_steps_deleted: int
     """Trained steps with samples that were deleted to keep the journal small."""
     damaged: list[str]
@@ -81,12 +85,14 @@ class Inspection:
     def violations(self) -> list[str]:
         """What must not be, in words."""
         found = []
+        if self.missing and self.is_synchronous:
+            found.append(f"passed over, though training was synchronous: {_listed(self.missing)}")
         if self.doubled:
             found.append(f"trained more than once: {_listed(self.doubled)}")
         if self.stale_steps:
             found.append(f"steps with samples older than their limit: {_listed(self.stale_steps)}")
         if self.absent_steps:
-            found.append(f"steps that {STEPS_FILE} does not have: {_listed(self.absent_steps)}")
+            found.append(f"steps that {STEPS_FILE} has lost: {_listed(self.absent_steps)}")
         if self.lost_steps:
             found.append(f"steps whose samples the journal has lost: {_listed(self.lost_steps)}")
         if self.damaged:
@@ -100,8 +106,11 @@ class Inspection:
         return asdict(self) | {"violations": self.violations}
 
 
-def inspect_run(run_folder: Path) -> Inspection:
+def inspect_run(run_folder: Path, *, reported: Iterable[int] = ()) -> Inspection:
     """Read the whole journal of a run, which may be going on.
+
+    Args:
+        reported: steps that are done by what else the run has written (`driver.run_folder.reported_steps`).
 
     Raises:
         RunError: the folder has no journal, or it is broken.
@@ -110,8 +119,10 @@ def inspect_run(run_folder: Path) -> Inspection:
     history = read_history(journal.folder)
     letters = journal.folder / DEAD_LETTER_FILE
     trained = [step for _, step in sorted(history.steps.items()) if step.trained]
-    damaged = journal.damaged()
-    samples = _TrainedSamples(journal, trained, damaged)
+    absent = set(range(max(history.steps, default=0))) - history.steps.keys()
+    absent |= set(reported) - {step.step for step in trained}
+    damaged = sorted({*journal.damaged(), *_cut_off(journal, history)})
+    samples = _TrainedSamples(journal, [step for _, step in sorted(history.steps.items())], damaged)
     ordinals = {ordinal for step in trained for ordinal in step.ordinals}
     settled = {o for step in history.steps.values() for o in step.ordinals} | set(history.failed)
     oldest = {step.step: samples.oldest_version(step) for step in trained}
@@ -128,8 +139,9 @@ def inspect_run(run_folder: Path) -> Inspection:
         staleness_max=max((step - version for step, version in oldest.items()), default=None),
         staleness_mean=samples.mean_staleness(),
         max_staleness=trained[-1].max_staleness if trained else None,
+        is_synchronous=not any(step.max_staleness for step in history.steps.values()),
         stale_steps=[step.step for step in trained if step.step - oldest[step.step] > step.max_staleness],
-        absent_steps=sorted(set(range(max(history.steps, default=0))) - history.steps.keys()),
+        absent_steps=sorted(absent),
         lost_steps=samples.lost_steps,
         num_steps_deleted=samples.num_deleted,
         damaged=[f"{place.segment} batch {place.batch}" for place in damaged],
@@ -138,7 +150,7 @@ def inspect_run(run_folder: Path) -> Inspection:
         num_segments=len(journal.segments()),
         num_archives=len(journal.archives()),
         num_bytes=journal.num_bytes(),
-        torn_bytes=_torn_bytes(journal, history),
+        torn_bytes=_torn_bytes(journal, history, {place.segment for place in damaged}),
     )
 
 
@@ -146,30 +158,32 @@ class _TrainedSamples:
     """Columns of the samples that were trained, of those steps whose batches the journal still has."""
 
     def __init__(
-        self, journal: JournalReader, trained: Iterable[LearnerStep], damaged: Container[BatchPlace]
+        self, journal: JournalReader, steps: Iterable[LearnerStep], damaged: Container[BatchPlace]
     ) -> None:
         columns = {
             place: _numbers(batch) for place, batch in journal.batches(_COLUMNS) if place not in damaged
         }
         deleted = journal.deleted_segments()
         self.lost_steps: list[int] = []
+        """Also such as are only leased."""
+        self.num_deleted = 0
+        """Steps with samples that were deleted to keep the journal small."""
         self._gone: list[LearnerStep] = []
         self._samples: dict[int, np.ndarray] = {}
         """By step, [samples, 3]: ordinal, sample, oldest version."""
-        for step in trained:
-            if all(place in columns for place, _ in step.samples):
+        for step in steps:
+            gone = {place.segment for place, _ in step.samples if place not in columns}
+            if gone - deleted:
+                self.lost_steps.append(step.step)
+            elif gone:
+                self.num_deleted += 1
+            if not step.trained:
+                continue
+            if gone:
+                self._gone.append(step)
+            else:
                 rows = [columns[place][list(rows)] for place, rows in step.samples]
                 self._samples[step.step] = np.concatenate(rows) if rows else _NO_SAMPLES
-            else:
-                self._gone.append(step)
-                gone = [place for place, _ in step.samples if place not in columns]
-                if any(place.segment not in deleted for place in gone):
-                    self.lost_steps.append(step.step)
-
-    @property
-    def num_deleted(self) -> int:
-        """Steps with samples that were deleted to keep the journal small."""
-        return len(self._gone) - len(self.lost_steps)
 
     def oldest_version(self, step: LearnerStep) -> int:
         """By the samples themselves, where they are still there."""
@@ -219,8 +233,18 @@ def _served(history: StepHistory) -> list[ServedVersion]:
     ]
 
 
-def _torn_bytes(journal: JournalReader, history: StepHistory) -> dict[str, int]:
-    torn = {tail.segment: tail.num_bytes for tail in journal.torn_tails()}
+def _cut_off(journal: JournalReader, history: StepHistory) -> list[BatchPlace]:
+    """Batches that steps have, and that were whole then: what their segments end in now was damaged."""
+    whole = {tail.segment: journal.num_batches(tail.segment) for tail in journal.torn_tails()}
+    places = {place for step in history.steps.values() for place, _ in step.samples}
+    return [place for place in places if place.segment in whole and place.batch >= whole[place.segment]]
+
+
+def _torn_bytes(
+    journal: JournalReader, history: StepHistory, damaged_segments: Container[str]
+) -> dict[str, int]:
+    tails = [tail for tail in journal.torn_tails() if tail.segment not in damaged_segments]
+    torn = {tail.segment: tail.num_bytes for tail in tails}
     num_torn = {
         STEPS_FILE: history.num_torn_bytes,
         DEAD_LETTER_FILE: read_json_lines(journal.folder / DEAD_LETTER_FILE).num_torn_bytes,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_dist.durable import read_json_lines, sync_folder
-from rlhf_dist.errors import StorageError
+from rlhf_dist.errors import RunError, StorageError
 
 Metrics = dict[str, Any]
 
@@ -64,9 +64,13 @@ def read_metrics(path: Path) -> list[Metrics]:
     """The steps of a log, oldest first; none if there is no log. A torn last line is left out.
 
     Raises:
-        RunError: a line before the last is broken.
+        RunError: a line before the last is broken, or is of no step.
     """
-    return read_json_lines(path).records
+    steps = read_json_lines(path).records
+    for number, metrics in enumerate(steps, start=1):
+        if not isinstance(metrics.get("step"), int):
+            raise RunError(f"{path} line {number} is of no step: it was changed; delete the line")
+    return steps
 
 
 def _line(metrics: Metrics) -> str:

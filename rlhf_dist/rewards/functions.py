@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
+
+import numpy as np
 
 from rlhf_dist.errors import ConfigError, RewardError, RewardTimeoutError
 from rlhf_dist.rewards.deadline import HelperThread, called
 
 NOT_LISTS = (str, bytes, dict, set, frozenset)
 """Iterable, but not one number a sample in the samples' order: keys, characters or no order at all."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Learning computes in float32."""
 MAX_QUOTED = 300
 """Characters of what a reward raised or returned that a message quotes."""
 
@@ -69,7 +72,7 @@ class FunctionCaller:
 
         Raises:
             RewardTimeoutError: the function did not return in time; its thread is lost.
-            RewardError: it raised, or did not return one finite number a sample.
+            RewardError: it raised anything, or did not return one finite number a sample.
         """
 
         def call() -> Any:
@@ -80,7 +83,7 @@ class FunctionCaller:
         future = self._within_deadline(call, len(responses))
         try:
             scores = future.result()
-        except (Exception, SystemExit) as error:  # whatever a user's code may raise
+        except BaseException as error:  # whatever a user's code may raise, and only that: it is done by now
             raise RewardError(f"{self._what} {raised(error, len(responses))}") from error
         return check_scores(self._what, scores, len(responses))
 
@@ -122,10 +125,15 @@ def check_scores(what: str, scores: Any, num_samples: int) -> list[float]:
             f"{what} returned {_count(len(numbers), 'score')} for {_count(num_samples, 'sample')}"
         )
     for index, number in enumerate(numbers):
-        if not math.isfinite(number):
+        if not is_finite(number):
             which = f" for sample {index} of its batch" if num_samples > 1 else ""
-            raise RewardError(f"{what} returned {number}{which}; scores must be finite")
+            raise RewardError(f"{what} returned {number}{which}; scores must be finite, in float32")
     return numbers
+
+
+def is_finite(score: float) -> bool:
+    """Whether a score is one that learning can use."""
+    return abs(score) <= LARGEST
 
 
 def weighted_sum(parts: dict[str, list[float]], weights: dict[str, float], num_samples: int) -> list[float]:

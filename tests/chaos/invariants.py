@@ -11,6 +11,8 @@ import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 
+from rlhf_dist.driver.run_folder import RunFolder
+from rlhf_dist.driver.starting_point import reported_steps
 from rlhf_dist.durable import read_json_lines
 from rlhf_dist.experience.inspection import inspect_run
 from rlhf_dist.experience.journal import JOURNAL_FOLDER, open_journal, read_table
@@ -44,7 +46,7 @@ def check_invariants(folder: Path, *, num_samples: int) -> Toll:
     Raises:
         AssertionError: it broke a promise.
     """
-    found = inspect_run(folder)
+    found = inspect_run(folder, reported=reported_steps(RunFolder(folder)))
     assert found.violations == []
     assert found.missing == []
     assert found.failed == {}

@@ -61,6 +61,22 @@ def test_a_signal_while_workers_start_leaves_nothing(start, lean, number, code):
     command.assert_nothing_left()
 
 
+def test_a_rank_of_the_supervised_stage_that_hangs_ends_the_run(start):
+    heartbeat = ("recovery.heartbeat_interval_s=1", "recovery.heartbeat_timeout_s=10")
+    command = start("sft.num_steps=1000000", "run.num_sample_answers=1", *heartbeat)
+
+    def training():
+        step = "ray::SupervisedWorker.step"
+        return [each for each in command.processes() if (each.cmdline() or [""])[0] == step]
+
+    command.wait_until(lambda: len(training()) == 2, "both ranks")
+    training()[0].send_signal(signal.SIGSTOP)
+    run = command.wait()
+    assert run.returncode == 8
+    assert "did not answer a heartbeat (recovery.heartbeat_timeout_s) within 10 s" in run.output
+    command.assert_nothing_left()
+
+
 def test_where_nothing_may_be_replaced_a_killed_learner_ends_the_run_and_its_snapshots_go_with_it(
     start, small
 ):

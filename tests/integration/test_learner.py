@@ -29,6 +29,7 @@ from rlhf_dist.engines.settings import (
     OptimizerSettings,
     ValueOptimizerSettings,
 )
+from rlhf_dist.errors import RunError, WorkerError
 from rlhf_dist.experience.schema import rollout_batch, scored_batch
 from rlhf_dist.tasks.support_desk import make_policy
 from rlhf_dist.types import BatchPlace, BatchRows, Completion, GenerationRequest, VersionSpan
@@ -59,7 +60,7 @@ def cluster():
         yield
 
 
-def experience(seed, vocab_size):
+def experience(seed, vocab_size, *, reward_scale=1.0):
     """A scored batch of ragged samples, as scoring workers make them, with tokens of an environment.
 
     One sample has no other tokens. No policy chose them, and where their log-probabilities belong is NaN.
@@ -86,7 +87,7 @@ def experience(seed, vocab_size):
         masks.append(mask.astype(np.uint8))
         references.append(np.where(mask, generator.normal(-6.3, 0.3, size=length), np.nan).astype(np.float32))
     prompts = pa.table({"prompt": [""], "columns": [json.dumps({})]})
-    rewards = generator.random(NUM_SAMPLES).tolist()
+    rewards = (reward_scale * generator.random(NUM_SAMPLES)).tolist()
     rollouts = rollout_batch(completions, producer="test", prompts=prompts)
     place = rollouts.schema.get_field_index("response_mask")
     rollouts = rollouts.set_column(place, rollouts.schema.field(place), pa.array(masks, pa.list_(pa.uint8())))
@@ -110,6 +111,7 @@ def learn(
     num_steps=1,
     algorithm=ALGORITHM,
     lora=None,
+    reward_scale=1.0,
     first_step=0,
     load=None,
     save=None,
@@ -140,7 +142,7 @@ def learn(
             group.load(events, load)
         for step in range(first_step, num_steps):
             rows = BatchRows(BatchPlace("segment", step), tuple(range(NUM_SAMPLES)))
-            batch = LeasedBatch(rows, [ray.put(experience(step, vocab_size))])
+            batch = LeasedBatch(rows, [ray.put(experience(step, vocab_size, reward_scale=reward_scale))])
             metrics.append(group.step(events, [batch], step, 1.0))
         if save:
             group.save(events, save)
@@ -268,6 +270,16 @@ def test_minibatches_are_cut_the_same_on_any_number_of_ranks(policy):
     assert two["policy_loss"] == pytest.approx(one["policy_loss"], rel=2e-4)
     for name, tensor in parameters.items():
         torch.testing.assert_close(cut[name], tensor, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (2, 2)])
+def test_a_gradient_that_is_not_finite_ends_the_run(policy, num_ranks, zero_stage):
+    """The square of such a reward, which the value model's loss has, is more than float32 holds."""
+    with pytest.raises(
+        RunError, match=r"^learner step 0: the gradient of the value model is not finite"
+    ) as caught:
+        learn(policy, num_ranks=num_ranks, zero_stage=zero_stage, max_tokens=64, reward_scale=1e30)
+    assert not isinstance(caught.value, WorkerError), "which would be started again"
 
 
 def test_an_independent_ppo_learns_the_same_through_five_steps(policy, tmp_path):

@@ -19,7 +19,7 @@ REWARDS = """
 def length(prompts, responses, columns):
     return [float("nan") if "7" in response else len(response) for response in responses]
 """
-REASON = "reward function 'length_rewards:length' returned nan; scores must be finite"
+REASON = "reward function 'length_rewards:length' returned nan; scores must be finite, in float32"
 
 
 @pytest.fixture

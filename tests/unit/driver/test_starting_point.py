@@ -5,30 +5,42 @@ from __future__ import annotations
 import os
 import shutil
 
+import pyarrow as pa
 import pytest
 
 from rlhf_dist.driver.run_folder import RunFolder
-from rlhf_dist.driver.starting_point import StartingPoint, newest_whole_checkpoint, starting_point
+from rlhf_dist.driver.starting_point import (
+    StartingPoint,
+    newest_whole_checkpoint,
+    reported_steps,
+    starting_point,
+)
 from rlhf_dist.errors import ConfigError, RunError
 from rlhf_dist.experience import steps
+from rlhf_dist.experience.journal import JournalWriter
+from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA
 from rlhf_dist.experience.steps import StepsLog
-from rlhf_dist.types import BatchPlace, BatchRows
+from rlhf_dist.types import BatchRows
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run whose journal has steps 0 to 6; the samples of step s are in the segment w-s."""
+    """A run whose journal has steps 0 to 6, the samples of each in a segment of its own."""
     folder = RunFolder(tmp_path)
-    folder.journal.mkdir()
     log = StepsLog(folder.journal)
+    writer = JournalWriter(folder.journal, "w", max_segment_bytes=1)
     for step in range(7):
-        segment = f"w-{step:06d}"
-        (folder.journal / f"{segment}.arrows").touch()
-        rows = [BatchRows(BatchPlace(segment, 0), (0, 1))]
+        place = writer.append(pa.RecordBatch.from_pylist([], EXPERIENCE_SCHEMA))
+        rows = [BatchRows(place, ())]
         log.append([steps.leased_record(step, [2 * step, 2 * step + 1], rows, step)])
         log.append([steps.trained_record(step, f"digest {step}")])
     log.close()
     return folder
+
+
+def segment_of(step, folder):
+    """The file with a step's samples."""
+    return folder.journal / f"w-{step + 1:06d}.arrows"
 
 
 def damage(checkpoint):
@@ -128,7 +140,7 @@ def test_without_a_whole_checkpoint_all_steps_are_done_again(folder, save, confi
 @pytest.mark.parametrize("gone", [0, 3, 6])
 def test_without_a_whole_checkpoint_or_a_whole_journal_the_run_cannot_go_on(gone, folder, save, config):
     damage(save(folder.checkpoints, 4))
-    (folder.journal / f"w-{gone:06d}.arrows").unlink()
+    segment_of(gone, folder).unlink()
     with pytest.raises(RunError) as caught:
         starting_point(folder, config())
     assert str(caught.value) == (
@@ -160,8 +172,37 @@ def test_a_checkpoint_without_the_record_of_the_steps_before_is_refused(journal,
 def test_later_steps_and_missing_segments_of_earlier_ones_do_not_matter(folder, save, config):
     path = save(folder.checkpoints, 4)
     for step in range(4):
-        (folder.journal / f"w-{step:06d}.arrows").unlink()
+        segment_of(step, folder).unlink()
     assert starting_point(folder, config()) == StartingPoint(path, 4, ())
+
+
+@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("harm", ["changed", "cut short", "deleted"])
+def test_samples_that_a_step_is_repeated_with_have_to_be_whole(harm, step, folder, save, config):
+    save(folder.checkpoints, 4)
+    path = segment_of(step, folder)
+    content = path.read_bytes()
+    match harm:
+        case "changed":
+            path.write_bytes(content[:-9] + b"\1" + content[-8:])
+        case "cut short":
+            path.write_bytes(content[:-50])
+        case "deleted":
+            path.unlink()
+    with pytest.raises(RunError) as caught:
+        starting_point(folder, config())
+    message = str(caught.value)
+    assert message.startswith(f"the samples of step {step}, which the run goes on with, are not all there: ")
+    assert message.endswith(f"bring {folder.journal} back from a copy, or start anew with --overwrite")
+    assert path.stem in message
+
+
+def test_steps_are_reported_by_metrics_and_by_checkpoints(folder, save):
+    assert reported_steps(folder) == set()
+    folder.metrics.write_text('{"step": 1}\n{"step": 5}\n')
+    assert reported_steps(folder) == {1, 5}
+    save(folder.checkpoints, 3)
+    assert reported_steps(folder) == {0, 1, 2, 5}
 
 
 @pytest.fixture
@@ -174,7 +215,7 @@ def with_best(folder, save):
 
 
 def test_the_best_one_is_gone_on_from_where_the_last_one_is_damaged(with_best, config):
-    (with_best.journal / "w-000001.arrows").unlink()
+    segment_of(1, with_best).unlink()
     start = starting_point(with_best, config())
     assert (start.checkpoint, start.first_step) == (with_best.checkpoints / "step-000002", 2)
     assert (
@@ -189,7 +230,7 @@ def test_the_best_one_is_gone_on_from_where_the_last_one_is_damaged(with_best, c
 
 @pytest.mark.parametrize("gone", [2, 5])
 def test_the_best_one_is_of_no_use_without_the_steps_since(gone, with_best, config):
-    (with_best.journal / f"w-{gone:06d}.arrows").unlink()
+    segment_of(gone, with_best).unlink()
     with pytest.raises(RunError, match=f"the journal no longer has the samples of step {gone}"):
         starting_point(with_best, config())
     assert not (with_best.checkpoints / "step-000002").exists()

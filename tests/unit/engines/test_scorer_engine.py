@@ -48,7 +48,7 @@ def no_score(prompts, responses, columns):
     return []
 
 def huge(prompts, responses, columns):
-    return [1e308 if response == "poison" else 1.0 for response in responses]
+    return [1e38 if response == "poison" else 1.0 for response in responses]
 
 def hangs_on_poison(prompts, responses, columns):
     if "poison" in responses:
@@ -127,7 +127,7 @@ def test_what_can_be_scored_is_scored_in_its_order(models, rollouts, rewards):
     [
         ("no_poison", "raised ValueError: poison ("),
         ("no_prompt_1", "raised ZeroDivisionError: float division by zero ("),
-        ("nan_for_poison", "returned nan; scores must be finite"),
+        ("nan_for_poison", "returned nan; scores must be finite, in float32"),
     ],
 )
 def test_a_sample_that_a_function_cannot_score_fails_alone(models, rollouts, rewards, name, reason):
@@ -155,7 +155,7 @@ def test_of_several_parts_the_first_one_that_failed_gives_the_reason(models, rol
 def test_a_sum_that_is_not_finite_fails(models, rollouts, rewards):
     scored = score(models, rollouts, rewards("huge", weight=10.0))
     assert responses(scored) == ["good", "better", WORDS[3]]
-    assert scored.failed == {1: "the weighted sum of the rewards is inf"}
+    assert scored.failed == {1: "the weighted sum of the rewards is 1e+39, which is not finite in float32"}
 
 
 def test_a_function_that_hangs_is_no_samples_failure(models, rollouts, rewards):
@@ -170,7 +170,8 @@ def test_a_logit_that_is_not_finite_fails_its_sample_alone(models, rollouts, rew
     clean = score(models, rollouts.take([0, 2, 3]), reward)
     scored = score(models, rollouts, rewards("length"), reward)
     assert responses(scored) == ["good", "better", WORDS[3]]
-    assert scored.failed == {1: f"reward model '{reward.model}' returned nan; scores must be finite"}
+    reason = f"reward model '{reward.model}' returned nan; scores must be finite, in float32"
+    assert scored.failed == {1: reason}
     parts = [dict(parts)["model"] for parts in scored.batch["reward_parts"].to_pylist()]
     np.testing.assert_allclose(parts, clean.batch["reward"].to_numpy(), rtol=1e-5)
 

@@ -146,12 +146,18 @@ def test_what_was_deleted_to_save_room_is_no_violation(run):
     assert (found.num_steps_deleted, found.lost_steps, found.violations) == (1, [], [])
 
 
-def test_samples_that_a_trained_step_has_lost_are_a_violation(run):
-    for step in range(2):
-        run.step(step, (step, 0, step), (step, 1, step))
+@pytest.mark.parametrize("trained", [True, False])
+def test_samples_that_a_step_has_lost_are_a_violation(trained, run):
+    run.step(0, (0, 0, 0), (0, 1, 0))
+    run.step(1, (1, 0, 1), (1, 1, 1), trained=trained)
     path = run.folder / "scorer-000002.arrows"
     path.write_bytes(path.read_bytes()[:-100])
-    assert run.inspect().violations == ["steps whose samples the journal has lost: 1: 1"]
+    found = run.inspect()
+    assert found.violations == [
+        "steps whose samples the journal has lost: 1: 1",
+        "no longer as they were written: 1: scorer-000002 batch 0",
+    ]
+    assert found.torn_bytes == {}, "a step had it, so it was whole"
     path.unlink()
     assert run.inspect().violations == ["steps whose samples the journal has lost: 1: 1"]
 
@@ -159,7 +165,24 @@ def test_samples_that_a_trained_step_has_lost_are_a_violation(run):
 def test_steps_that_the_log_has_lost_are_a_violation(run):
     for step in (0, 1, 3):
         run.step(step, (step, 0, step), (step, 1, step))
-    assert run.inspect().violations == ["steps that steps.jsonl does not have: 1: 2"]
+    assert run.inspect().violations == ["steps that steps.jsonl has lost: 1: 2"]
+
+
+def test_steps_that_are_done_by_other_files_and_not_by_the_log_are_a_violation(run):
+    run.step(0, (0, 0, 0), (0, 1, 0))
+    run.step(1, (1, 0, 0), (1, 1, 0), trained=False)
+    assert inspect_run(run.root, reported=[0]).violations == []
+    assert inspect_run(run.root, reported=[0, 1, 2]).violations == [
+        "steps that steps.jsonl has lost: 2: 1, 2"
+    ]
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_only_a_synchronous_run_may_not_pass_a_prompt_over(max_staleness, run):
+    run.log.append([steps.started_record(samples_per_prompt=2, max_staleness=max_staleness)])
+    run.step(0, (0, 0, 0), (0, 1, 0), (2, 0, 0), (2, 1, 0))
+    violation = "passed over, though training was synchronous: 1: 1"
+    assert run.inspect().violations == ([violation] if max_staleness == 0 else [])
 
 
 def test_bytes_that_changed_are_a_violation(run):

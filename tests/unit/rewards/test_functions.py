@@ -156,12 +156,14 @@ def test_a_message_can_be_written_whatever_was_raised():
     str(caught.value).encode()
 
 
-def test_a_function_that_would_end_the_process_has_raised():
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+@pytest.mark.parametrize("error", [SystemExit("done"), KeyboardInterrupt("done")])
+def test_a_function_that_would_end_the_process_has_raised(error, timeout_s):
     def score(*_):
-        raise SystemExit("done")
+        raise error
 
-    with pytest.raises(RewardError, match="raised SystemExit: done"):
-        call(score)
+    with pytest.raises(RewardError, match=f"raised {type(error).__name__}: done"):
+        call(score, timeout_s=timeout_s)
 
 
 def test_a_function_that_does_not_return_in_time_is_left_behind():
@@ -221,15 +223,24 @@ def test_a_wrong_count_names_both_numbers(scores, count):
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (np.float32("nan"), "nan")],
+    [
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (-math.inf, "-inf"),
+        (np.float32("nan"), "nan"),
+        (3.5e38, r"3\.5e\+38"),
+        (-1e300, r"-1e\+300"),
+    ],
 )
 def test_a_score_that_is_not_finite_names_its_sample(number, text):
-    message = f"'my_rewards:score' returned {text} for sample 1 of its batch; scores must be finite"
+    message = (
+        f"'my_rewards:score' returned {text} for sample 1 of its batch; scores must be finite, in float32"
+    )
     with pytest.raises(RewardError, match=message):
         returning([0.0, number])
     with pytest.raises(RewardError, match=f"returned {text} for sample 0"):
         returning(np.array([number, 0.0]))
-    with pytest.raises(RewardError, match=f"^a reward returned {text}; scores must be finite"):
+    with pytest.raises(RewardError, match=f"^a reward returned {text}; scores must be finite, in float32"):
         check_scores("a reward", [number], 1)
 
 
