@@ -18,15 +18,10 @@ import pyarrow as pa
 
 from rlhf_dist.durable import JsonLinesLog, Record, sync_folder
 from rlhf_dist.errors import RunError, StorageError
-from rlhf_dist.experience.journal import (
-    ARCHIVE_SUFFIX,
-    DELETED_FILE,
-    SEGMENT_SUFFIX,
-    JournalReader,
-    segment_numbers,
-    write_archive,
-)
+from rlhf_dist.experience.archives import ARCHIVE_SUFFIX, write_archive
+from rlhf_dist.experience.journal import DELETED_FILE, JournalReader
 from rlhf_dist.experience.ordinals import Ordinals
+from rlhf_dist.experience.segments import SEGMENT_SUFFIX, Segment, segment_numbers
 from rlhf_dist.types import BatchPlace
 
 ARCHIVE_BYTES = 256 * 1024**2
@@ -71,7 +66,7 @@ def compact(
         _clean_up(folder)
         finished = _finished_segments(folder, done, problems)
         for segments in _groups(folder, finished, archive_bytes):
-            write_archive(_next_archive(folder), JournalReader(folder), segments)
+            write_archive(_next_archive(folder), [Segment(_path(folder, name)) for name in segments])
             archived += segments
             _clean_up(folder)
     if max_bytes is not None:
@@ -104,7 +99,7 @@ def _clean_up(folder: Path) -> None:
     unlisted = {path.stem for path in folder.glob(f"*{SEGMENT_SUFFIX}")} - set(
         JournalReader(folder).segments()
     )
-    leftovers = [folder / f"{name}{SEGMENT_SUFFIX}" for name in sorted(unlisted)]
+    leftovers = [_path(folder, name) for name in sorted(unlisted)]
     for path in [*folder.glob(f"*{ARCHIVE_SUFFIX}.tmp"), *leftovers]:
         os.unlink(path)
     sync_folder(folder)
@@ -118,7 +113,7 @@ def _finished_segments(folder: Path, done: Ordinals, problems: list[str]) -> Ite
     last = {f"{producer}-{max(numbers):06d}" for producer, numbers in segment_numbers(folder).items()}
     journal = JournalReader(folder)
     for name in journal.segments():
-        if name not in last and not _is_open(folder / f"{name}{SEGMENT_SUFFIX}"):
+        if name not in last and not _is_open(_path(folder, name)):
             finished = False
             with _told(problems):
                 finished = all(ordinal in done for ordinal in _ordinals(journal, name))
@@ -147,10 +142,14 @@ def _groups(folder: Path, segments: Iterator[str], archive_bytes: int) -> Iterat
     size = 0
     for name in segments:
         group.append(name)
-        size += (folder / f"{name}{SEGMENT_SUFFIX}").stat().st_size
+        size += _path(folder, name).stat().st_size
         if size >= archive_bytes:
             yield group
             group, size = [], 0
+
+
+def _path(folder: Path, segment: str) -> Path:
+    return folder / f"{segment}{SEGMENT_SUFFIX}"
 
 
 def _next_archive(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rlhf_dist.errors import RunError
 from rlhf_dist.experience import steps
+from rlhf_dist.experience.archives import write_archive
 from rlhf_dist.experience.journal import (
     JOURNAL_FOLDER,
     JournalReader,
@@ -21,9 +22,9 @@ from rlhf_dist.experience.journal import (
     TornTail,
     open_journal,
     read_table,
-    write_archive,
 )
 from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA
+from rlhf_dist.experience.segments import Segment
 from rlhf_dist.experience.steps import StepsLog
 from rlhf_dist.types import BatchPlace, BatchRows
 
@@ -269,12 +270,18 @@ def test_whatever_is_appended_by_whomever_comes_back_once(data, completion, scor
 # --------------------------------------------------------------------------------------- archives, table
 
 
+def archive(folder, *segments):
+    """Merge segments; their files."""
+    paths = [folder / f"{name}.arrows" for name in segments]
+    write_archive(folder / "archive-000001.arrow", [Segment(path) for path in paths])
+    return paths
+
+
 def test_places_stay_valid_in_an_archive(folder, batches):
     _, places = write(folder, batches, max_segment_bytes=1)
     before = JournalReader(folder)
-    write_archive(folder / "archive-000001.arrow", before, ["scorer-000001", "scorer-000003"])
-    for name in ("scorer-000001", "scorer-000003"):
-        (folder / f"{name}.arrows").unlink()
+    for path in archive(folder, "scorer-000001", "scorer-000003"):
+        path.unlink()
     for journal in (before, JournalReader(folder)):
         for place, batch in zip(places, batches, strict=True):
             assert journal.read(place).equals(batch)
@@ -286,7 +293,7 @@ def test_places_stay_valid_in_an_archive(folder, batches):
 
 def test_a_segment_that_is_also_in_an_archive_counts_once(folder, batches):
     _, places = write(folder, batches, max_segment_bytes=1)
-    write_archive(folder / "archive-000001.arrow", JournalReader(folder), ["scorer-000001", "scorer-000002"])
+    archive(folder, "scorer-000001", "scorer-000002")
     assert sorted(place for place, _ in contents(folder)) == places
 
 
