@@ -40,6 +40,7 @@ def add_adapters(lm: Any, settings: LoRASettings, *, model: str, seed: int) -> N
         target_modules="all-linear" if targets is None else list(targets),
         task_type=TaskType.CAUSAL_LM,
         base_model_name_or_path=model,
+        fan_in_fan_out=any(isinstance(each, Conv1D) for each in lm.modules()),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -71,7 +71,7 @@ def test_a_baseline_makes_the_estimate_less_noisy(toy):
 
 def test_gradient_ascent_reaches_the_optimum(toy):
     policy = toy.new_policy(seed=0)
-    assert float(toy.expected_reward(policy)) < 0.35
+    assert toy.expected_reward(policy).item() < 0.35
     assert toy.ascend(policy, toy.exact_gradient, num_steps=2000, learning_rate=2.0) > 0.99
 
 
