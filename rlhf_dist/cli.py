@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from rlhf_dist import __version__
+from rlhf_dist.cluster.imports import without_garbage_collection
 from rlhf_dist.errors import ConfigError, RunError, TerminatedError
 
 app = typer.Typer(
@@ -71,18 +72,21 @@ def train(
     """Train a policy."""
     console = Console(soft_wrap=True)
     with _errors_for_people(verbose):
-        from rlhf_dist.config import load_config
+        with without_garbage_collection():
+            from rlhf_dist.config import load_config
 
         if resume and overwrite:
             raise RunError("--resume goes on with a run and --overwrite deletes it; choose one")
         settings = load_config(config, overrides or [])
         if dry_run:
-            from rlhf_dist.driver.dry_run import print_plan
+            with without_garbage_collection():
+                from rlhf_dist.driver.dry_run import print_plan
 
             print_plan(settings, console)
             return
-        from rlhf_dist.driver.run import run
-        from rlhf_dist.driver.run_folder import IfExists
+        with without_garbage_collection():
+            from rlhf_dist.driver.run import run
+            from rlhf_dist.driver.run_folder import IfExists
 
         if_exists: IfExists = "resume" if resume else "overwrite" if overwrite else "refuse"
         run(settings, address=address, if_exists=if_exists, console=console, verbose=verbose)

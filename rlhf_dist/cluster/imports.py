@@ -1,4 +1,4 @@
-"""Importing engines: seconds in which a worker that was lost is missing."""
+"""Importing engines: seconds in which somebody waits, or a worker that was lost is missing."""
 
 from __future__ import annotations
 

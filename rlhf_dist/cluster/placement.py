@@ -52,7 +52,7 @@ class RoleShare:
             variables |= {
                 "CUDA_VISIBLE_DEVICES": "",
                 "DS_ACCELERATOR": "cpu",
-                "TORCH_COMPILE_DISABLE": "1",
+                "TORCHDYNAMO_DISABLE": "1",
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             }
         else:

@@ -54,10 +54,38 @@ def policy(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_session(None, verbose=False):
-        yield
+@pytest.fixture(scope="module")
+def group_of():
+    """A group by its number of ranks: the processes stay, and start as one learner after the other."""
+
+    class Rank(LearnerWorker):
+        has_joined = False
+
+        def start(self, *args, **kwargs):
+            from rlhf_dist.engines import deepspeed_engine
+
+            deepspeed_engine.GATHER_BUCKET_ELEMENTS = 20_000  # ZeRO-3 gathers the policy in a dozen buckets
+            super().start(*args, **kwargs)
+
+        def _join(self, *args):
+            if not self.has_joined:
+                super()._join(*args)
+            self.has_joined = True
+
+    groups = {}
+
+    def get(num_ranks):
+        if num_ranks not in groups:
+            settings = LearnerSettings(num_workers=num_ranks, cpus_per_worker=0.5)
+            (share,) = share_out({f"learner-{num_ranks}": settings}, node_cpus=2)
+            groups[num_ranks] = LearnerGroup(share, ClusterSettings())
+        return groups[num_ranks]
+
+    with pytest.MonkeyPatch.context() as patch, ray_session(None, verbose=False):
+        patch.setattr(learner_group, "LearnerWorker", Rank)
+        yield get
+        for group in groups.values():
+            group.end()
 
 
 def experience(seed, vocab_size, *, reward_scale=1.0):
@@ -102,6 +130,7 @@ def experience(seed, vocab_size, *, reward_scale=1.0):
 
 
 def learn(
+    group_of,
     policy,
     *,
     num_ranks,
@@ -130,27 +159,22 @@ def learn(
         value_optimizer=VALUE_OPTIMIZER,
         lora=lora,
     )
-    (share,) = share_out({"learner": settings}, node_cpus=2)
-    group = LearnerGroup(share, ClusterSettings())
-    try:
-        arguments = {"policy_model": str(policy), "value_model": str(policy), "journal": policy}
-        events = Events()
-        group.start(events, settings, algorithm, num_steps=num_steps, seed=0, **arguments)
-        vocab_size = AutoConfig.from_pretrained(policy).vocab_size
-        metrics = []
-        if load:
-            group.load(events, load)
-        for step in range(first_step, num_steps):
-            rows = BatchRows(BatchPlace("segment", step), tuple(range(NUM_SAMPLES)))
-            batch = LeasedBatch(rows, [ray.put(experience(step, vocab_size, reward_scale=reward_scale))])
-            metrics.append(group.step(events, [batch], step, 1.0))
-        if save:
-            group.save(events, save)
-        published = group.publish(events, num_steps, probe_tokens(vocab_size, 64))
-        with SharedMemoryReceiver().receive(published) as tensors:
-            return metrics, {name: tensor.clone() for name, tensor in tensors}
-    finally:
-        group.end()
+    group, events = group_of(num_ranks), Events()
+    arguments = {"policy_model": str(policy), "value_model": str(policy), "journal": policy}
+    group.start(events, settings, algorithm, num_steps=num_steps, seed=0, **arguments)
+    vocab_size = AutoConfig.from_pretrained(policy).vocab_size
+    metrics = []
+    if load:
+        group.load(events, load)
+    for step in range(first_step, num_steps):
+        rows = BatchRows(BatchPlace("segment", step), tuple(range(NUM_SAMPLES)))
+        batch = LeasedBatch(rows, [ray.put(experience(step, vocab_size, reward_scale=reward_scale))])
+        metrics.append(group.step(events, [batch], step, 1.0))
+    if save:
+        group.save(events, save)
+    published = group.publish(events, num_steps, probe_tokens(vocab_size, 64))
+    with SharedMemoryReceiver().receive(published) as tensors:
+        return metrics, {name: tensor.clone() for name, tensor in tensors}
 
 
 def both_models(policy_parameters, checkpoint):
@@ -162,10 +186,10 @@ def both_models(policy_parameters, checkpoint):
 
 
 @pytest.fixture(scope="module")
-def whole(policy, tmp_path_factory):
+def whole(group_of, policy, tmp_path_factory):
     """One rank, the whole batch in one packed pass."""
     folder = tmp_path_factory.mktemp("whole")
-    metrics, parameters = learn(policy, num_ranks=1, zero_stage=0, max_tokens=100_000, save=folder)
+    metrics, parameters = learn(group_of, policy, num_ranks=1, zero_stage=0, max_tokens=100_000, save=folder)
     return metrics, both_models(parameters, folder)
 
 
@@ -181,10 +205,11 @@ def whole(policy, tmp_path_factory):
     ],
 )
 def test_invariance_to_how_the_batch_is_cut(
-    policy, whole, num_ranks, zero_stage, max_tokens, batching, tmp_path
+    group_of, policy, whole, num_ranks, zero_stage, max_tokens, batching, tmp_path
 ):
     (expected,), parameters = whole
     (metrics,), cut = learn(
+        group_of,
         policy,
         num_ranks=num_ranks,
         zero_stage=zero_stage,
@@ -204,23 +229,8 @@ def test_invariance_to_how_the_batch_is_cut(
         )
 
 
-@pytest.fixture
-def small_buckets(monkeypatch):
-    """ZeRO-3 gathers the policy in a dozen buckets."""
-
-    class SmallBuckets(LearnerWorker):
-        def start(self, *args, **kwargs):
-            from rlhf_dist.engines import deepspeed_engine
-
-            deepspeed_engine.GATHER_BUCKET_ELEMENTS = 20_000
-            super().start(*args, **kwargs)
-
-    monkeypatch.setattr(learner_group, "LearnerWorker", SmallBuckets)
-
-
-@pytest.mark.usefixtures("small_buckets")
-def test_zero_3_publishes_what_it_was_loaded_with_bit_for_bit(policy):
-    _, published = learn(policy, num_ranks=2, zero_stage=3, max_tokens=64, num_steps=0)
+def test_zero_3_publishes_what_it_was_loaded_with_bit_for_bit(group_of, policy):
+    _, published = learn(group_of, policy, num_ranks=2, zero_stage=3, max_tokens=64, num_steps=0)
     plain = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     expected = dict(plain.named_parameters(remove_duplicate=False))
     assert sum(each.numel() for each in plain.parameters()) > 12 * 20_000
@@ -230,12 +240,11 @@ def test_zero_3_publishes_what_it_was_loaded_with_bit_for_bit(policy):
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.usefixtures("small_buckets")
-def test_adapters_are_merged_alike_under_zero_3(policy):
+def test_adapters_are_merged_alike_under_zero_3(group_of, policy):
     """Two steps: in the second, both factors of every adapter have gradients."""
     common = {"num_steps": 2, "lora": LoRASettings(rank=4)}
-    _, parameters = learn(policy, num_ranks=1, zero_stage=0, max_tokens=100_000, **common)
-    metrics, cut = learn(policy, num_ranks=2, zero_stage=3, max_tokens=64, **common)
+    _, parameters = learn(group_of, policy, num_ranks=1, zero_stage=0, max_tokens=100_000, **common)
+    metrics, cut = learn(group_of, policy, num_ranks=2, zero_stage=3, max_tokens=64, **common)
     start = dict(
         AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).named_parameters(
             remove_duplicate=False
@@ -244,7 +253,7 @@ def test_adapters_are_merged_alike_under_zero_3(policy):
     assert cut.keys() == parameters.keys() == start.keys()
     projections = {name for name in start if name.endswith("_proj.weight")}
     assert {name for name in cut if not torch.equal(cut[name], start[name])} == projections
-    moved = max(float((parameters[name] - start[name]).abs().max()) for name in projections)
+    moved = max((parameters[name] - start[name]).abs().max().item() for name in projections)
     assert moved > 1e-3
     for name, tensor in parameters.items():
         torch.testing.assert_close(cut[name], tensor, rtol=0, atol=5e-6)
@@ -253,39 +262,41 @@ def test_adapters_are_merged_alike_under_zero_3(policy):
 
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_adapters_go_on_from_a_checkpoint_bit_for_bit(policy, zero_stage, tmp_path):
+def test_adapters_go_on_from_a_checkpoint_bit_for_bit(group_of, policy, zero_stage, tmp_path):
     common = {"num_ranks": 2, "zero_stage": zero_stage, "max_tokens": 64, "lora": LoRASettings(rank=4)}
-    (_, expected), parameters = learn(policy, num_steps=2, **common)
-    learn(policy, num_steps=1, save=tmp_path, **common)
-    (metrics,), resumed = learn(policy, first_step=1, num_steps=2, load=tmp_path, **common)
+    (_, expected), parameters = learn(group_of, policy, num_steps=2, **common)
+    learn(group_of, policy, num_steps=1, save=tmp_path, **common)
+    (metrics,), resumed = learn(group_of, policy, first_step=1, num_steps=2, load=tmp_path, **common)
     assert metrics == expected
     for name, tensor in parameters.items():
         assert torch.equal(resumed[name], tensor), name
 
 
-def test_minibatches_are_cut_the_same_on_any_number_of_ranks(policy):
+def test_minibatches_are_cut_the_same_on_any_number_of_ranks(group_of, policy):
     algorithm = ALGORITHM.model_copy(update={"num_minibatches": 3})
-    (one,), parameters = learn(policy, num_ranks=1, zero_stage=0, max_tokens=64, algorithm=algorithm)
-    (two,), cut = learn(policy, num_ranks=2, zero_stage=2, max_tokens=64, algorithm=algorithm)
+    (one,), parameters = learn(
+        group_of, policy, num_ranks=1, zero_stage=0, max_tokens=64, algorithm=algorithm
+    )
+    (two,), cut = learn(group_of, policy, num_ranks=2, zero_stage=2, max_tokens=64, algorithm=algorithm)
     assert two["policy_loss"] == pytest.approx(one["policy_loss"], rel=2e-4)
     for name, tensor in parameters.items():
         torch.testing.assert_close(cut[name], tensor, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (2, 2)])
-def test_a_gradient_that_is_not_finite_ends_the_run(policy, num_ranks, zero_stage):
-    """The square of such a reward, which the value model's loss has, is more than float32 holds."""
+def test_a_gradient_that_is_not_finite_ends_the_run(group_of, policy, num_ranks, zero_stage):
+    """The variance of such rewards, which advantages are divided by, is more than float32 holds."""
     with pytest.raises(
-        RunError, match=r"^learner step 0: the gradient of the value model is not finite"
+        RunError, match=r"^learner step 0: the gradient of the policy model is not finite"
     ) as caught:
-        learn(policy, num_ranks=num_ranks, zero_stage=zero_stage, max_tokens=64, reward_scale=1e30)
+        learn(group_of, policy, num_ranks=num_ranks, zero_stage=zero_stage, max_tokens=64, reward_scale=1e30)
     assert not isinstance(caught.value, WorkerError), "which would be started again"
 
 
-def test_an_independent_ppo_learns_the_same_through_five_steps(policy, tmp_path):
+def test_an_independent_ppo_learns_the_same_through_five_steps(group_of, policy, tmp_path):
     num_steps = 5
     metrics, parameters = learn(
-        policy, num_ranks=2, zero_stage=2, max_tokens=64, num_steps=num_steps, save=tmp_path
+        group_of, policy, num_ranks=2, zero_stage=2, max_tokens=64, num_steps=num_steps, save=tmp_path
     )
     plain = SimplePPO(
         policy,
