@@ -11,6 +11,7 @@ READY := $(VENV)/.installed
 PIP_FLAGS ?= -qq
 export PYTHON TORCH_INDEX_URL PIP_FLAGS VENV
 PYTEST := $(BIN)/python -m pytest
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 ARGS ?=
 
 ##@ Use
@@ -29,10 +30,9 @@ quickstart: $(READY) ## Install, then run the main job on a built-in task
 ##@ Develop
 
 .PHONY: test
-test: $(READY) ## Install, then run all tests
+test: $(READY) ## Install, then run the tests; ARGS=--long: the long ones, too
 	$(PYTEST) tests/unit --numprocesses 2 $(ARGS)
-	$(PYTEST) tests/integration --numprocesses 2 --dist loadfile $(ARGS)
-	$(PYTEST) tests/chaos $(ARGS)
+	$(PYTEST) tests/chaos tests/integration $(SIDE_BY_SIDE) $(ARGS)
 
 .PHONY: test-unit
 test-unit: $(READY) ## Only the fast tests: no Ray, no engine
@@ -40,7 +40,7 @@ test-unit: $(READY) ## Only the fast tests: no Ray, no engine
 
 .PHONY: test-integration
 test-integration: $(READY) ## Only the tests with real workers
-	$(PYTEST) tests/integration --numprocesses 2 --dist loadfile $(ARGS)
+	$(PYTEST) tests/integration $(SIDE_BY_SIDE) $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## What only a GPU shows, in the environment that is active (requirements/gpu.txt)

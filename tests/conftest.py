@@ -23,6 +23,20 @@ ORPHAN_DEADLINE_S = 10
 RUN_DEADLINE_S = 500
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The tests that continuous integration has no time for: `make test ARGS=--long`."""
+    parser.addoption("--long", action="store_true", help="Also the tests that are marked long.")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip those, unless they were asked for."""
+    if config.getoption("--long"):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="a long one: make test ARGS=--long"))
+
+
 @dataclass
 class Run:
     """A finished command."""

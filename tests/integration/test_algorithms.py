@@ -180,8 +180,10 @@ def test_a_run_with_a_trust_region(train, lean):
 
 @pytest.mark.parametrize(
     ("algorithm", "value_model"),
-    [("{name: grpo, num_epochs: 2}", False), ("{name: ppo_kl, num_epochs: 2}", True)],
-    ids=["grpo", "ppo_kl"],
+    [
+        pytest.param("{name: grpo, num_epochs: 2}", False, id="grpo"),
+        pytest.param("{name: ppo_kl, num_epochs: 2}", True, id="ppo_kl", marks=pytest.mark.long),
+    ],
 )
 def test_a_run_of_another_algorithm(algorithm, value_model, train, lean):
     overrides = [each for each in lean if not each.startswith("algorithm.")]

@@ -42,7 +42,9 @@ def samples(run):
     ]
 
 
-@pytest.fixture(scope="module", params=["continue", "finish", "restart"])
+@pytest.fixture(
+    scope="module", params=["continue", "finish", pytest.param("restart", marks=pytest.mark.long)]
+)
 def ahead(request, train, lean):
     run = train(
         *overrides(
@@ -132,6 +134,7 @@ def essence(run):
     return digests, metrics
 
 
+@pytest.mark.long
 def test_a_second_run_killed_and_resumed_gives_the_same_parameters_bit_for_bit(
     undisturbed, start, train, lean
 ):

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 
+pytestmark = pytest.mark.long
 SMALL = (
     *("--seeds", "1", "run.seed=3", "run.num_steps=2", "run.num_sample_answers=1", "sft.num_steps=2"),
     *("sft.warmup_steps=0", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=2"),

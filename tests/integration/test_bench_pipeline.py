@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_dist.tasks.support_desk import make_policy
 
+pytestmark = pytest.mark.long
 SMALL = (
     *("sft=null", "run.num_sample_answers=0", "rollout.prompts_per_step=8", "rollout.num_workers=1"),
     *("rollout.cpu_kv_cache_gib=0.1", "rollout.sampling.max_tokens=8", "learner.num_workers=1"),

@@ -52,7 +52,9 @@ def test_the_roles_are_told_apart_and_ctrl_c_ends_them(start, lean):
     command.assert_nothing_left()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
+)
 def test_a_signal_while_workers_start_leaves_nothing(start, lean, number, code):
     command = start(*lean)
     command.wait_until(lambda: "ray::RolloutWorker" in _titles(command), "a rollout worker")
@@ -77,6 +79,7 @@ def test_a_rank_of_the_supervised_stage_that_hangs_ends_the_run(start):
     command.assert_nothing_left()
 
 
+@pytest.mark.long
 def test_where_nothing_may_be_replaced_a_killed_learner_ends_the_run_and_its_snapshots_go_with_it(
     start, small
 ):
@@ -115,6 +118,7 @@ def test_a_dead_address_is_refused_at_once(train, lean):
     assert "Traceback" not in run.output
 
 
+@pytest.mark.long
 def test_resume_goes_on_where_the_checkpoint_was(train, lean):
     first = train(*lean, "run.num_steps=2", "checkpoint.every_steps=1")
     assert first.returncode == 0, first.output

@@ -80,6 +80,7 @@ def test_gsm8k_prompts_with_two_rewards_and_models_from_disk(train, config):
         assert prompt == json.loads(next(file))["question"]
 
 
+@pytest.mark.long
 def test_a_policy_is_no_reward_model(train, config, models):
     run = train(f"reward.1.model={models / 'policy'}", "sft=null", config=config)
     assert run.returncode == 4

@@ -59,6 +59,7 @@ def test_a_middle_range_gives_the_same_policies_and_can_be_exported(train, finis
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
+@pytest.mark.long
 def test_the_whole_run_can_be_replayed_from_the_starting_policy(train, finished):
     replayed = train(replay=finished.folder)
     assert replayed.returncode == 0, replayed.output
@@ -68,6 +69,7 @@ def test_the_whole_run_can_be_replayed_from_the_starting_policy(train, finished)
     assert "every step gave the policy that the run had, bit for bit" in replayed.output
 
 
+@pytest.mark.long
 def test_another_setting_gives_another_policy_and_that_is_no_failure(train, finished):
     override = "algorithm.clip_low=0.00001"
     arguments = ("--from-step", "2", "--to-step", "3", "--json", override)
@@ -85,6 +87,7 @@ def test_steps_that_were_not_trained_are_refused_at_once(train, finished):
     assert "Traceback" not in refused.output
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_nothing(start, finished, tmp_path):
     before = state_of(finished.folder)
     command = start("--out", str(tmp_path / "policy"), replay=finished.folder)
