@@ -11,7 +11,7 @@ READY := $(VENV)/.installed
 PIP_FLAGS ?= -qq
 export PYTHON TORCH_INDEX_URL PIP_FLAGS VENV
 PYTEST := $(BIN)/python -m pytest
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 ARGS ?=
 
 ##@ Use
@@ -32,7 +32,8 @@ quickstart: $(READY) ## Install, then run the main job on a built-in task
 .PHONY: test
 test: $(READY) ## Install, then run the tests; ARGS=--long: the long ones, too
 	$(PYTEST) tests/unit --numprocesses 2 $(ARGS)
-	$(PYTEST) tests/chaos tests/integration $(SIDE_BY_SIDE) $(ARGS)
+	$(PYTEST) tests/integration $(SIDE_BY_SIDE) $(ARGS)
+	$(PYTEST) tests/chaos $(ARGS)
 
 .PHONY: test-unit
 test-unit: $(READY) ## Only the fast tests: no Ray, no engine

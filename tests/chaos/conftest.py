@@ -9,6 +9,8 @@ import pytest
 from outcome import HEADINGS, Outcome, as_json, as_markdown
 from shape import HEARTBEAT_TIMEOUT_S, NUM_STEPS, NUM_STEPS_OF_LONG_RUNS, PROMPTS_PER_STEP, START_TIMEOUT_S
 
+from rlhf_dist.tasks.support_desk import make_policy
+
 OUTCOMES = pytest.StashKey[list[Outcome]]()
 
 
@@ -19,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--chaos-seed", type=int, default=0, help="Of the first long run; the next has one more.")
     group.addoption("--chaos-kills", type=int, default=10, help="Of each long run.")
     group.addoption("--chaos-out", type=Path, help="JSON file for the outcome of every kill.")
-    group.addoption("--chaos-policy", type=Path, help="Checkpoint to start from. Default: the quickstart's.")
+    group.addoption("--chaos-policy", type=Path, help="Checkpoint to start from. Default: an untrained one.")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -76,17 +78,21 @@ def chaos_outcomes(pytestconfig: pytest.Config) -> list[Outcome]:
 
 
 @pytest.fixture(scope="session")
-def trained_policy(pytestconfig: pytest.Config, request: pytest.FixtureRequest) -> Path:
+def first_policy(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint that the runs start from."""
-    given = pytestconfig.getoption("--chaos-policy", None)
-    return given or request.getfixturevalue("quickstart").folder / "sft-policy"
+    given: Path | None = pytestconfig.getoption("--chaos-policy", None)
+    if given is not None:
+        return given
+    folder = tmp_path_factory.mktemp("policy")
+    make_policy(folder, seed=0)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def chaotic(trained_policy: Path, num_steps: int) -> tuple[str, ...]:
+def chaotic(first_policy: Path, num_steps: int) -> tuple[str, ...]:
     """Overrides of a run that is short and may be disturbed often: each role twice, hardly a limit."""
     return (
-        f"policy.model={trained_policy}",
+        f"policy.model={first_policy}",
         "sft=null",
         f"run.num_steps={num_steps}",
         "run.deterministic=true",
