@@ -63,7 +63,6 @@ def starting_point(folder: RunFolder, config: Config) -> StartingPoint:
         _check_samples(folder, history, 0)
         return StartingPoint(notes=tuple(notes))
     _check_recorded(folder, history, checkpoint)
-    _check_samples(folder, history, step_of(checkpoint))
     state = check_state(checkpoint, config)
     if config.run.num_steps < state.next_step:
         raise ConfigError(
@@ -71,6 +70,7 @@ def starting_point(folder: RunFolder, config: Config) -> StartingPoint:
             f"{checkpoint} has behind it; set run.num_steps={state.next_step} or more, or set run.dir to a "
             "new folder"
         )
+    _check_samples(folder, history, state.next_step)
     num_ranks, zero_stage = config.learner.num_workers, config.learner.zero_stage
     if (state.num_ranks, state.zero_stage) != (num_ranks, zero_stage):
         notes.append(

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rlhf_dist.durable import Record, read_json_lines
 from rlhf_dist.experience.dead_letter import DEAD_LETTER_FILE
-from rlhf_dist.experience.journal import JournalReader, open_journal
+from rlhf_dist.experience.journal import JournalReader, TornTail, open_journal
 from rlhf_dist.experience.steps import STEPS_FILE, LearnerStep, StepHistory, read_history
 from rlhf_dist.types import BatchPlace
 
@@ -110,7 +110,8 @@ def inspect_run(run_folder: Path, *, reported: Iterable[int] = ()) -> Inspection
     """Read the whole journal of a run, which may be going on.
 
     Args:
-        reported: steps that are done by what else the run has written (`driver.run_folder.reported_steps`).
+        reported: steps that are done by what else the run has written: `driver.starting_point.reported_steps`,
+            read before, where the run goes on.
 
     Raises:
         RunError: the folder has no journal, or it is broken.
@@ -118,13 +119,15 @@ def inspect_run(run_folder: Path, *, reported: Iterable[int] = ()) -> Inspection
     journal = open_journal(run_folder)
     history = read_history(journal.folder)
     letters = journal.folder / DEAD_LETTER_FILE
-    trained = [step for _, step in sorted(history.steps.items()) if step.trained]
+    steps = [step for _, step in sorted(history.steps.items())]
+    trained = [step for step in steps if step.trained]
     absent = set(range(max(history.steps, default=0))) - history.steps.keys()
     absent |= set(reported) - {step.step for step in trained}
-    damaged = sorted({*journal.damaged(), *_cut_off(journal, history)})
-    samples = _TrainedSamples(journal, [step for _, step in sorted(history.steps.items())], damaged)
+    tails = journal.torn_tails()
+    damaged = sorted({*journal.damaged(), *_cut_off(journal, tails, steps)})
+    samples = _TrainedSamples(journal, steps, damaged)
     ordinals = {ordinal for step in trained for ordinal in step.ordinals}
-    settled = {o for step in history.steps.values() for o in step.ordinals} | set(history.failed)
+    settled = {o for step in steps for o in step.ordinals} | set(history.failed)
     oldest = {step.step: samples.oldest_version(step) for step in trained}
     return Inspection(
         num_steps_trained=len(trained),
@@ -139,7 +142,7 @@ def inspect_run(run_folder: Path, *, reported: Iterable[int] = ()) -> Inspection
         staleness_max=max((step - version for step, version in oldest.items()), default=None),
         staleness_mean=samples.mean_staleness(),
         max_staleness=trained[-1].max_staleness if trained else None,
-        is_synchronous=not any(step.max_staleness for step in history.steps.values()),
+        is_synchronous=not any(step.max_staleness for step in steps),
         stale_steps=[step.step for step in trained if step.step - oldest[step.step] > step.max_staleness],
         absent_steps=sorted(absent),
         lost_steps=samples.lost_steps,
@@ -150,7 +153,7 @@ def inspect_run(run_folder: Path, *, reported: Iterable[int] = ()) -> Inspection
         num_segments=len(journal.segments()),
         num_archives=len(journal.archives()),
         num_bytes=journal.num_bytes(),
-        torn_bytes=_torn_bytes(journal, history, {place.segment for place in damaged}),
+        torn_bytes=_torn_bytes(journal, history, tails, {place.segment for place in damaged}),
     )
 
 
@@ -233,18 +236,19 @@ def _served(history: StepHistory) -> list[ServedVersion]:
     ]
 
 
-def _cut_off(journal: JournalReader, history: StepHistory) -> list[BatchPlace]:
+def _cut_off(
+    journal: JournalReader, tails: Iterable[TornTail], steps: Iterable[LearnerStep]
+) -> list[BatchPlace]:
     """Batches that steps have, and that were whole then: what their segments end in now was damaged."""
-    whole = {tail.segment: journal.num_batches(tail.segment) for tail in journal.torn_tails()}
-    places = {place for step in history.steps.values() for place, _ in step.samples}
+    whole = {tail.segment: journal.num_batches(tail.segment) for tail in tails}
+    places = {place for step in steps for place, _ in step.samples}
     return [place for place in places if place.segment in whole and place.batch >= whole[place.segment]]
 
 
 def _torn_bytes(
-    journal: JournalReader, history: StepHistory, damaged_segments: Container[str]
+    journal: JournalReader, history: StepHistory, tails: Iterable[TornTail], damaged_segments: Container[str]
 ) -> dict[str, int]:
-    tails = [tail for tail in journal.torn_tails() if tail.segment not in damaged_segments]
-    torn = {tail.segment: tail.num_bytes for tail in tails}
+    torn = {tail.segment: tail.num_bytes for tail in tails if tail.segment not in damaged_segments}
     num_torn = {
         STEPS_FILE: history.num_torn_bytes,
         DEAD_LETTER_FILE: read_json_lines(journal.folder / DEAD_LETTER_FILE).num_torn_bytes,
