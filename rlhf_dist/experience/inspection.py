@@ -110,8 +110,8 @@ def inspect_run(run_folder: Path, *, reported: Iterable[int] = ()) -> Inspection
     """Read the whole journal of a run, which may be going on.
 
     Args:
-        reported: steps that are done by what else the run has written: `driver.starting_point.reported_steps`,
-            read before, where the run goes on.
+        reported: steps that are done by what else the run has written, read before this is called; see
+            `driver.starting_point.reported_steps`.
 
     Raises:
         RunError: the folder has no journal, or it is broken.
