@@ -11,15 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.process_group import free_port
 
 DEADLINE_S = 500
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "passive",
-    "DS_ACCELERATOR": "cpu",
-    "PYTHONFAULTHANDLER": "1",
-}
+ENVIRONMENT = RoleShare("learner", 1, cpus=1, gpus=0, threads=1).environment | {"PYTHONFAULTHANDLER": "1"}
 
 
 def run_ranks(script: str, num_ranks: int, folder: Path, cases: Sequence[Any]) -> list[list[Any]]:
