@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
@@ -62,7 +64,7 @@ def save_tiny_causal_lm(
     model.generation_config = GenerationConfig(
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=True, temperature=1.0
     )
-    model.save_pretrained(folder)
+    _save(model, folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
@@ -81,7 +83,7 @@ def save_tiny_reward_model(
     config = _config(tokenizer, hidden_size, num_layers, max_positions)
     config.num_labels = 1
     model = _initialised(Qwen2ForSequenceClassification, config, seed)
-    model.save_pretrained(folder)
+    _save(model, folder)
     tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
@@ -130,8 +132,18 @@ def _config(tokenizer: Qwen2Tokenizer, hidden_size: int, num_layers: int, max_po
     )
 
 
-def _initialised(model_class: type, config: Qwen2Config, seed: int) -> torch.nn.Module:
+def _initialised(model_class: type[PreTrainedModel], config: Qwen2Config, seed: int) -> PreTrainedModel:
     """The model with weights drawn from `seed`, leaving the caller's random state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return model_class(config).float()
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes, which would import DeepSpeed to see whether it wraps the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_file(dict(model.named_parameters()), folder / "model.safetensors", metadata={"format": "pt"})
