@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,6 @@ from rlhf_dist.cluster.scoring_pool import ScoringPool
 from rlhf_dist.cluster.session import cpus_of_smallest_node, ray_session
 from rlhf_dist.config import Config, to_yaml
 from rlhf_dist.data.prompts import PromptOrder
-from rlhf_dist.driver.checkpoint import list_checkpoints, save_checkpoint, state_before, step_of, why_no_score
 from rlhf_dist.driver.export import export_adapters, export_policy
 from rlhf_dist.driver.flow import Flow, Roles
 from rlhf_dist.driver.loop import train
@@ -45,19 +44,17 @@ from rlhf_dist.driver.resumption import (
 )
 from rlhf_dist.driver.run_folder import IfExists, RunFolder, trial_folder, write_atomically, write_json
 from rlhf_dist.driver.starting_point import StartingPoint, starting_point
+from rlhf_dist.driver.step_records import StepRecords
 from rlhf_dist.driver.supervised import supervised_stage
 from rlhf_dist.driver.termination import Termination
 from rlhf_dist.engines.loading import torch_dtype, vocabulary_size
-from rlhf_dist.errors import RunError, TerminatedError
-from rlhf_dist.observability.metrics import Metrics, MetricsLog, read_metrics
+from rlhf_dist.errors import TerminatedError
+from rlhf_dist.observability.metrics import read_metrics
 from rlhf_dist.observability.progress import Progress
 from rlhf_dist.observability.report import print_report
 from rlhf_dist.observability.run_events import RunEvents
 from rlhf_dist.observability.stopwatch import Stopwatch
 from rlhf_dist.weights.certificate import TOLERANCE_NATS, probe_tokens
-
-COMPACTION_TIMEOUT_S = 24 * 3600
-"""For the journal to be compacted. Nobody waits for it."""
 
 
 def run(config: Config, *, address: str | None, if_exists: IfExists, console: Console, verbose: bool) -> None:
@@ -154,28 +151,9 @@ def _reinforce(
             texts = [prompts.table["prompt"][row].as_py() for row in rows]
             before = recovery.survive(partial(flow.answers, rows), next_step=0)
             write_json(folder.answers, {"prompts": texts, "before": before})
-        log = MetricsLog(folder.metrics, first_step=first_step)
-        if log.missing_steps:
-            progress.say(
-                f"{folder.metrics} has lost {len(log.missing_steps)} of the {first_step} steps before step "
-                f"{first_step}, the first of them step {log.missing_steps[0]}; the report goes without them"
-            )
-        unsaved: list[Metrics] = []  # of the step that was done last, where no checkpoint holds it
-
-        def save() -> None:
-            for metrics in unsaved:
-                _save(config, folder, roles, flow, metrics, progress)
-            unsaved.clear()
-
-        def after_step(metrics: Metrics) -> None:
-            log.append(metrics)
-            unsaved[:] = [metrics]
-            progress.step_done(metrics)
-            next_step = metrics["step"] + 1
-            if next_step % config.checkpoint.every_steps == 0 or next_step == config.run.num_steps:
-                with stopwatch.phase("checkpoint"):
-                    recovery.survive(save, next_step=next_step)
-
+        records = StepRecords(
+            config, folder, roles, flow, recovery, stopwatch, progress, first_step=first_step
+        )
         stopwatch.take()
         flow.events.on_turn = termination.check_if_interruptible
         with termination.handled():
@@ -189,10 +167,10 @@ def _reinforce(
                     termination=termination,
                     stopwatch=stopwatch,
                     recorded=recorded,
-                    after_step=after_step,
+                    after_step=records.step_done,
                 )
             except TerminatedError as told:
-                raise _last_checkpoint(folder, recovery, save, events_log) from told
+                raise records.last_checkpoint(events_log) from told
         num_steps = config.run.num_steps
         progress.phase("exporting the policy")
         recovery.survive(partial(_export, config, folder, models, roles, flow), next_step=num_steps)
@@ -204,26 +182,6 @@ def _export(config: Config, folder: RunFolder, models: Models, roles: Roles, flo
     export_policy(roles.learner, flow.events, folder.policy, tokenizer_of=models.policy)
     if config.learner.lora is not None:
         export_adapters(roles.learner, flow.events, folder.policy_adapter)
-
-
-def _last_checkpoint(
-    folder: RunFolder, recovery: Recovery, save: Callable[[], None], log: RunEvents
-) -> TerminatedError:
-    """Save where the run was told to end; what to tell the user."""
-    if recovery.is_restoring:
-        return TerminatedError(
-            "terminated while the learner was being restored; --resume goes on from the journal"
-        )
-    try:
-        save()
-    except RunError as error:
-        return TerminatedError(f"terminated; no last checkpoint could be written ({error})")
-    checkpoints = [each for each in list_checkpoints(folder.checkpoints) if step_of(each) == recovery.step]
-    if not checkpoints:
-        return TerminatedError("terminated before the first step was done; --resume begins again")
-    log.terminated(checkpoints[-1])
-    name = checkpoints[-1].name
-    return TerminatedError(f"terminated; checkpoint {name} is written, --resume goes on from it")
 
 
 @contextmanager
@@ -285,24 +243,6 @@ def _roles(
     finally:
         for role in roles:
             role.end()
-
-
-def _save(
-    config: Config, folder: RunFolder, roles: Roles, flow: Flow, metrics: Metrics, progress: Progress
-) -> None:
-    """Write a checkpoint after a step, and let the journal forget what no checkpoint needs any more."""
-    state = state_before(metrics["step"] + 1, config, metrics)
-    if (note := why_no_score(state, config, metrics)) is not None:
-        progress.say(note)
-    save = partial(roles.learner.save, flow.events)
-    save_checkpoint(folder.checkpoints, save, state, config.checkpoint)
-    oldest = step_of(list_checkpoints(folder.checkpoints)[0])
-
-    def then(problem: str | None) -> None:
-        if problem is not None:
-            progress.say(problem)
-
-    flow.queue.ask(partial(roles.queue.checkpointed, oldest), then, timeout_s=COMPACTION_TIMEOUT_S)
 
 
 def _num_sample_answers(config: Config, folder: RunFolder, first_step: int) -> int:
