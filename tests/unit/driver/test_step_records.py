@@ -1,4 +1,4 @@
-"""What is kept of steps, with a learner that writes a few bytes and a queue that only notes what it is asked."""
+"""What is kept of steps, with a learner that writes a few bytes and a queue that notes what it is asked."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ class Around:
     def __init__(self, tmp_path, settings, learner, problem=None, first_step=0):
         self.folder = RunFolder(tmp_path)
         self.said, self.shown, self.compacted, self.terminated = [], [], [], []
-        self.recovery = SimpleNamespace(
-            survive=lambda work, *, next_step: work(), is_restoring=False, step=first_step
-        )
+        self.recovery = SimpleNamespace(survive=lambda work, **_: work(), is_restoring=False, step=first_step)
 
         def ask(make, then, *, timeout_s):
             self.compacted.append((make(), timeout_s))
@@ -37,7 +35,7 @@ class Around:
             ),
             SimpleNamespace(queue=SimpleNamespace(ask=ask), events=None),
             self.recovery,
-            SimpleNamespace(phase=lambda name: nullcontext()),
+            SimpleNamespace(phase=lambda _: nullcontext()),
             SimpleNamespace(say=self.said.append, step_done=self.shown.append),
             first_step=first_step,
         )
@@ -135,7 +133,7 @@ def test_a_checkpoint_that_failed_is_tried_again_when_its_learner_is_back(around
     learner = fake_learner(error=StorageError("no room"))
     run = around(learner=learner)
 
-    def survive(work, *, next_step):
+    def survive(work, **_):
         with pytest.raises(StorageError):
             work()
         learner.error = None
