@@ -176,17 +176,32 @@ def train(start: Start) -> Callable[..., Run]:
 
 
 @pytest.fixture(scope="session")
-def quickstart(train: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The quickstart as it is, once for all processes that tests run in side by side."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all processes that tests run in side by side."""
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder, result = shared / "quickstart", shared / "quickstart.json"
-    with FileLock(shared / "quickstart.lock"):
-        if not result.exists():
-            run = train(folder=folder)
-            result.write_text(json.dumps([run.returncode, run.output]))
-    returncode, output = json.loads(result.read_text())
-    return Run(returncode, output, folder)
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def train_once(train: Callable[..., Run], shared_folder: Path) -> Callable[..., Run]:
+    """Run the command once for all of them, in a folder of the given name."""
+
+    def run(name: str, *arguments: str, **options: Any) -> Run:
+        folder, result = shared_folder / name, shared_folder / f"{name}.json"
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not result.exists():
+                finished = train(*arguments, folder=folder, **options)
+                result.write_text(json.dumps([finished.returncode, finished.output]))
+        returncode, output = json.loads(result.read_text())
+        return Run(returncode, output, folder)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def quickstart(train_once: Callable[..., Run]) -> Run:
+    """The quickstart as it is."""
+    return train_once("quickstart")
 
 
 @pytest.fixture(scope="session")

@@ -111,10 +111,16 @@ def _data_lost(error: RayError, worker: str, action: str) -> DataLostError:
 
 def late(worker: str, action: str, timeout_s: float, more: str = "") -> DeadlineError:
     """The error of a call that is past its deadline."""
+    deadline = "that deadline" if "_timeout_s)" in action else "the deadline in the section `cluster`"
     return DeadlineError(
         f"{worker} did not {action} within {timeout_s:g} s{more and f' ({more})'}; "
-        f"it may be stuck, or too slow for the deadline in the section `cluster`; {REMEDY}"
+        f"it may be stuck, or too slow for {deadline}; {REMEDY}"
     )
+
+
+def facts_of(error: RunError) -> str:
+    """The message of an error that does not end the run: without what to do about its end."""
+    return str(error).removesuffix(f"; {REMEDY}")
 
 
 def _first_line(error: Exception) -> str:

@@ -290,7 +290,7 @@ class ExperienceQueue(Worker):
             f"prompts given up: {num_failed} of {num_prompts} ({num_failed / num_prompts:.1%}), more than "
             f"experience.max_failed_share={share:g} allows; the last one was prompt {last.ordinal}: "
             f"{last.reasons[-1]}; all of them, with their reasons, are in {self._dead_letters.path}; mend "
-            "the cause or raise experience.max_failed_share, then resume"
+            "the cause or raise experience.max_failed_share, then go on, without those prompts, with --resume"
         )
 
     def _try_lease(self, step: int) -> Lease | None:

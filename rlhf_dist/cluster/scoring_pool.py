@@ -1,8 +1,9 @@
 """All scoring workers: each rollout batch goes to the one with the least to do, and again where that failed.
 
 A batch whose worker is lost is scored once more elsewhere. One that loses its worker a second time, or whose
-reward hangs, is scored sample by sample, so that the sample that does it is found; that one is given up after
-`scoring.max_attempts`, with a reason for each attempt.
+reward hangs, is scored sample by sample, so that the sample that does it is found. A sample is given up after
+`scoring.max_attempts` failures of its own, ever further apart, with the reason of each: what its batch met
+before may have been another's fault.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import ray
 
+from rlhf_dist.cluster.calls import facts_of
 from rlhf_dist.cluster.events import Events
 from rlhf_dist.cluster.placement import RoleShare
+from rlhf_dist.cluster.restarts import LONGEST_BACKOFF_S
 from rlhf_dist.cluster.scoring_worker import ScoringWorker
 from rlhf_dist.cluster.workers import Workers
 from rlhf_dist.config import ClusterSettings
@@ -37,7 +40,7 @@ class ScoringJob:
     """Those that are to be scored."""
     temperature: float
     reasons: tuple[str, ...] = ()
-    """Why each attempt so far failed."""
+    """Why each attempt at these rows so far failed."""
     failed_on: int | None = None
     """The worker of the last attempt."""
 
@@ -45,6 +48,10 @@ class ScoringJob:
     def takes_all(self) -> bool:
         """Whether no row is left out."""
         return len(self.rows) == len(self.samples)
+
+    def alone(self, row: int) -> ScoringJob:
+        """One row; where there were others, what they met counts no more."""
+        return self if self.rows == (row,) else replace(self, rows=(row,), reasons=())
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,11 @@ class ScoringPool:
         segment_bytes: int,
     ) -> None:
         """Create the workers; see `ScoringWorker` for its arguments."""
-        self._max_attempts, self._cluster = settings.max_attempts, cluster
+        self._max_attempts, self._backoff_s, self._cluster = (
+            settings.max_attempts,
+            settings.backoff_s,
+            cluster,
+        )
         self.workers = Workers(
             ScoringWorker,
             share,
@@ -151,7 +162,8 @@ class ScoringPool:
         jobs, self._jobs[index] = self._jobs[index], deque()
         for position, job in enumerate(jobs):
             if position == 0:
-                self._again(events, job, str(error), index, one_by_one=isinstance(error, RewardTimeoutError))
+                one_by_one = isinstance(error, RewardTimeoutError)
+                self._again(events, job, facts_of(error), index, one_by_one=one_by_one)
             else:
                 self._submit(events, job)
         return len(jobs)
@@ -188,7 +200,7 @@ class ScoringPool:
         assert self._handlers is not None
         self._handlers.on_scored(scored, report)
         for failed in report.failed:
-            self._again(events, replace(job, rows=(failed.row,)), failed.reason, index)
+            self._again(events, job.alone(failed.row), failed.reason, index)
 
     def _failed(self, index: int, job: ScoringJob, error: RunError) -> None:
         if isinstance(error, DataLostError):
@@ -204,11 +216,19 @@ class ScoringPool:
     ) -> None:
         """Have a job that failed done elsewhere, or give its sample up."""
         job = replace(job, reasons=(*job.reasons, reason), failed_on=index)
-        if len(job.rows) > 1 and (one_by_one or len(job.reasons) > 1):
+        if len(job.rows) == 1:
+            self._again_alone(events, job)
+        elif one_by_one or len(job.reasons) > 1:
             for row in job.rows:
-                self._submit(events, replace(job, rows=(row,)))
-        elif len(job.rows) == 1 and len(job.reasons) >= self._max_attempts:
-            assert self._handlers is not None
-            self._handlers.on_given_up(job.samples[job.rows[0]].ordinal, job.reasons)
+                self._submit(events, job.alone(row))
         else:
             self._submit(events, job)
+
+    def _again_alone(self, events: Events, job: ScoringJob) -> None:
+        num_failures = len(job.reasons)
+        if num_failures < self._max_attempts:
+            pause_s = min(self._backoff_s * 2 ** (num_failures - 1), LONGEST_BACKOFF_S)
+            events.after(pause_s, partial(self._submit, events, job))
+        else:
+            assert self._handlers is not None
+            self._handlers.on_given_up(job.samples[job.rows[0]].ordinal, job.reasons)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from rlhf_dist.cluster.calls import facts_of
 from rlhf_dist.cluster.experience_queue import QUEUE, LeasedBatch
 from rlhf_dist.cluster.liveness import Heartbeats
 from rlhf_dist.cluster.restarts import RestartBudget
@@ -347,7 +348,7 @@ class Recovery:
         """
         if not isinstance(error, WORKER_FAULTS):
             raise error
-        self._log.lost(role, worker, _how_noticed(error), str(error))
+        self._log.lost(role, worker, _how_noticed(error), facts_of(error))
         name = at or worker
         delay_s = 0.0 if blames_a_sample else self._budget(name).spend(worker, error)
         loss = Loss(role, worker, time.monotonic(), delay_s)
@@ -406,7 +407,9 @@ def _how_noticed(error: BaseException) -> str:
         return _how_noticed(error.__cause__)
     if isinstance(error, WorkerLostError):
         return "its process is gone"
-    if isinstance(error, DeadlineError | RewardTimeoutError):
+    if isinstance(error, RewardTimeoutError):
+        return "a reward did not return in time"
+    if isinstance(error, DeadlineError):
         return "it did not answer in time"
     return "it failed"
 

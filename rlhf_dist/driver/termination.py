@@ -63,8 +63,8 @@ class Termination:
 
     def _give_up(self) -> None:
         _say(
-            f"terminated: the grace period of {self._grace_period_s:g} s is over; --resume goes on from the "
-            "last checkpoint and repeats the steps since from the journal"
+            f"terminated: the grace period of {self._grace_period_s:g} s is over, so nobody waits for "
+            "the last checkpoint any more; --resume goes on from the newest one and repeats the steps since"
         )
         os._exit(TerminatedError.exit_code)
 

@@ -104,6 +104,9 @@ class ScoringSettings(WorkerSettings):
     max_attempts: int = Field(default=3, ge=1)
     """At a sample whose reward raises, hangs or is not finite, or whose worker is lost over it; then its
     prompt is given up and written to the dead letters."""
+    backoff_s: float = Field(default=1, ge=0)
+    """Before a sample's second attempt, twice as long before each further one, a minute at most. Where a
+    reward asks a service that may be away for a while, this and `max_attempts` say for how long."""
 
 
 class OptimizerSettings(Section):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from invariants import policies
 from outcome import HEADINGS, Outcome, as_json, as_markdown
 from shape import HEARTBEAT_TIMEOUT_S, NUM_STEPS, NUM_STEPS_OF_LONG_RUNS, PROMPTS_PER_STEP, START_TIMEOUT_S
 
@@ -90,10 +91,12 @@ def first_policy(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def chaotic(first_policy: Path, num_steps: int) -> tuple[str, ...]:
-    """Overrides of a run that is short and may be disturbed often: each role twice, hardly a limit."""
+    """Overrides of a run that is short and may be disturbed often: each role twice, hardly a limit, and a
+    reward that even an untrained policy gets some of, or no step would change it."""
     return (
         f"policy.model={first_policy}",
         "sft=null",
+        "reward.0.path=rlhf_dist.bench.iterations:vowels",
         f"run.num_steps={num_steps}",
         "run.deterministic=true",
         "run.num_sample_answers=1",
@@ -112,11 +115,12 @@ def chaotic(first_policy: Path, num_steps: int) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(chaotic: tuple[str, ...], start) -> Path:
+def undisturbed(chaotic: tuple[str, ...], start, num_steps: int) -> Path:
     """Folder of the run that was left alone."""
     command = start(*chaotic)
     run = command.wait()
     assert run.returncode == 0, run.output
     assert not (run.folder / "events.jsonl").exists(), "nothing was lost"
     command.assert_nothing_left()
+    assert len(set(policies(run.folder).values())) == num_steps, "every step made another policy"
     return run.folder

@@ -8,6 +8,8 @@ NUM_STEPS, NUM_STEPS_OF_LONG_RUNS = 10, 20
 PROMPTS_PER_STEP = 16
 MAX_STALENESS = 2
 ASYNCHRONOUS = ("run.deterministic=false", f"experience.max_staleness={MAX_STALENESS}")
+ONE_OF_EACH = tuple(f"{role}.num_workers=1" for role in ("rollout", "scoring", "learner"))
+"""Workers of a run whose point they are not: they start sooner."""
 HEARTBEAT_TIMEOUT_S = 10
 START_TIMEOUT_S = 75
 """Until then nobody notices that a worker which is still loading was stopped."""

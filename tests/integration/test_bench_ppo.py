@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_dist.bench.inputs import make_inputs
 
+pytestmark = pytest.mark.long
 NUM_PROMPTS, MAX_TOKENS = 4, 8
 
 

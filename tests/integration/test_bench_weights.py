@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.long
 def test_two_workers_are_measured_and_the_parts_are_within_the_whole(tmp_path):
     out = tmp_path / "weights.json"
     arguments = ["--sizes-mb", "1", "--workers", "2", "--rounds", "2", "--out", str(out)]

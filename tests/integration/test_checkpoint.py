@@ -21,8 +21,9 @@ WRITTEN = {
     "lora": {"stage": 1, "dtype": "float32", "lora": {"rank": 4}},
 }
 """What two ranks write after two steps."""
-READ = [("a", 1, 0), ("b", 1, 0), ("c", 1, 2), ("lora", 1, 3), ("a", 3, 3), ("b", 3, 1), ("lora", 3, 2)]
-"""Which of it is read by how many ranks with which ZeRO stage."""
+READ_BY_ONE = [("a", 0), ("b", 0), ("c", 2), ("lora", 3)]
+READ_BY_THREE = [("a", 3), ("b", 1), ("lora", 2)]
+"""Which of it is read with which ZeRO stage."""
 LARGEST_SHARE_OF_MOVE = {"float32": 1e-4, "bfloat16": 0.2}
 """How far, in the 2-norm, another cut may end from where the step went. With the 8 bits of bfloat16 a token's
 ratio may fall on the other side of the clipping range."""
@@ -59,23 +60,28 @@ def by_two(folder):
     return run_ranks("checkpoint_ranks.py", 2, folder, cases)
 
 
-@pytest.fixture(scope="module")
-def by_others(folder, by_two):
-    """One rank and three load with other stages, save at once, and do the third step.
+def read(num_ranks, stages, folder, *more):
+    """Ranks load with other stages, save at once, and do the third step; returns the first one's results."""
+    cases = []
+    for name, stage in stages:
+        load, target = {"load": str(folder / name)}, str(folder / f"{name}-{num_ranks}-{stage}")
+        do = [load, {"save": target}, 2, {"save": f"{target}-after"}]
+        cases.append(WRITTEN[name] | {"stage": stage, "do": do})
+    return run_ranks("checkpoint_ranks.py", num_ranks, folder, [*cases, *more])[0]
 
-    A last case of one rank, whose result is returned, loads what it cannot.
-    """
+
+@pytest.fixture(scope="module")
+def by_one(folder, by_two):
+    """A last case, whose result is returned, loads what it cannot."""
     assert by_two
-    for num_ranks in (3, 1):
-        cases = []
-        for name, _, stage in [each for each in READ if each[1] == num_ranks]:
-            load, target = {"load": str(folder / name)}, str(folder / f"{name}-{num_ranks}-{stage}")
-            do = [load, {"save": target}, 2, {"save": f"{target}-after"}]
-            cases.append(WRITTEN[name] | {"stage": stage, "do": do})
-        wrong = [{"load": str(folder / "lora")}, {"load": str(folder / "nothing")}]
-        last = [{"stage": 0, "dtype": "float32", "do": wrong}] if num_ranks == 1 else []
-        results = run_ranks("checkpoint_ranks.py", num_ranks, folder, cases + last)
-    return results[0][-1]
+    wrong = [{"load": str(folder / "lora")}, {"load": str(folder / "nothing")}]
+    return read(1, READ_BY_ONE, folder, {"stage": 0, "dtype": "float32", "do": wrong})[-1]
+
+
+@pytest.fixture(scope="module")
+def by_three(folder, by_two):
+    assert by_two
+    return read(3, READ_BY_THREE, folder)
 
 
 def flat(tensors):
@@ -99,12 +105,20 @@ def test_the_same_ranks_and_stage_go_on_bit_for_bit(name, folder, by_two):
     assert contents(folder / f"{name}-after") != contents(folder / name)
 
 
-@pytest.mark.parametrize(("name", "num_ranks", "stage"), READ)
-def test_another_number_of_ranks_and_stage_load_the_same_and_do_the_same_step(
-    name, num_ranks, stage, folder, by_others
-):
-    assert by_others
-    cut = f"{name}-{num_ranks}-{stage}"
+@pytest.mark.parametrize(("name", "stage"), READ_BY_ONE)
+def test_one_rank_with_another_stage_loads_the_same_and_does_the_same_step(name, stage, folder, by_one):
+    assert by_one
+    assert_same_step(name, f"{name}-1-{stage}", folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "stage"), READ_BY_THREE)
+def test_three_ranks_load_the_same_and_do_the_same_step(name, stage, folder, by_three):
+    assert by_three
+    assert_same_step(name, f"{name}-3-{stage}", folder)
+
+
+def assert_same_step(name, cut, folder):
     assert contents(folder / cut) == contents(folder / name)
     for path in [f"{model}/{kind}.safetensors" for model in ("policy", "value") for kind in KINDS]:
         before, expected, found = (
@@ -153,8 +167,8 @@ def test_a_disk_that_is_too_small_is_an_error_of_the_first_rank_and_the_group_go
     assert first["metrics"] == second["metrics"]
 
 
-def test_what_is_of_another_model_or_not_there_is_named(folder, by_others):
-    other, nothing = by_others["errors"]
+def test_what_is_of_another_model_or_not_there_is_named(folder, by_one):
+    other, nothing = by_one["errors"]
     assert other.startswith(f"{folder / 'lora' / 'policy'} cannot be loaded: it is of another model: lm.")
     assert nothing.startswith(f"{folder / 'nothing' / 'policy'} cannot be loaded: [Errno 2] No such file")
 
@@ -177,7 +191,7 @@ def small_disk(tmp_path):
 def test_a_run_goes_on_from_a_full_disk_past_a_damaged_checkpoint_with_another_cut(small_disk, train, small):
     """Two ranks with ZeRO stage 2 fill the disk with a third checkpoint; then the second one is damaged."""
     place, is_small = small_disk
-    overrides = (*small, "checkpoint.every_steps=1")
+    overrides = (*small, "rollout.num_workers=1", "checkpoint.every_steps=1")
     first = train(*overrides, f"run.num_steps={4 if is_small else 2}", folder=place / "run")
     folder = first.folder / "checkpoints"
     kept = ["step-000001", "step-000002"]

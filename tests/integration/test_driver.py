@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-SPY = Path(__file__).with_name("driver_spy.py")
 LARGEST_ANSWER_BYTES = 64 * 1024
 
 
-def test_no_tensor_passes_through_the_driver(train, lean, tmp_path):
-    report = tmp_path / "seen.json"
-    run = train(*lean, launcher=(str(SPY), str(report)))
-    assert run.returncode == 0, run.output
-    seen = json.loads(report.read_text())
-    policy_bytes = (run.folder / "policy" / "model.safetensors").stat().st_size
+def test_no_tensor_passes_through_the_driver(recorded):
+    seen = json.loads(recorded.seen_by_driver.read_text())
+    policy_bytes = (recorded.run.folder / "policy" / "model.safetensors").stat().st_size
     assert policy_bytes > 10 * LARGEST_ANSWER_BYTES, "a snapshot would not go unnoticed"
-    assert len(seen) > 3 * 10, "the spy saw every answer of three steps"
+    assert len(seen) > 4 * 10, "the spy saw every answer of four steps"
     assert [entry for entry in seen if entry["payloads"]] == []
     assert max(entry["bytes"] for entry in seen) < LARGEST_ANSWER_BYTES
 
 
 def test_the_spy_would_see_a_tensor(tmp_path):
-    import subprocess
-    import sys
-
     script = f"""
-import sys; sys.path.insert(0, {str(SPY.parent)!r})
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 import numpy as np, ray
 from driver_spy import spy

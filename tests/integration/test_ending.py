@@ -27,17 +27,6 @@ def _snapshots(process):
     return sum("/memfd:rlhf-dist (deleted)" in line and " rw-s " in line for line in maps)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def killed(start, lean):
-    """A run whose driver was killed. What it leaves has the time of the other tests to find that out."""
-    command = start(*lean, "run.num_steps=1000")
-    metrics = command.folder / "metrics.jsonl"
-    command.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "the first step")
-    command.send(signal.SIGKILL)
-    assert command.wait().returncode == -signal.SIGKILL
-    return command
-
-
 def test_the_roles_are_told_apart_and_ctrl_c_ends_them(start, lean):
     command = start(*lean, "run.num_steps=1000", "checkpoint.every_steps=1")
     metrics = command.folder / "metrics.jsonl"
@@ -136,6 +125,12 @@ def test_resume_goes_on_where_the_checkpoint_was(train, lean):
     assert load_config(resumed.folder / "config.yaml").run.num_steps == 4
 
 
-def test_a_killed_driver_takes_its_workers_along(killed):
+@pytest.mark.long
+def test_a_killed_driver_takes_its_workers_along(start, lean):
     """Ray's own agents are last: they count five looks at their dead parent."""
-    killed.assert_nothing_left(deadline_s=150)
+    command = start(*lean, "run.num_steps=1000")
+    metrics = command.folder / "metrics.jsonl"
+    command.wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, "the first step")
+    command.send(signal.SIGKILL)
+    assert command.wait().returncode == -signal.SIGKILL
+    command.assert_nothing_left(deadline_s=150)

@@ -22,10 +22,11 @@ REPOSITORY = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@pytest.fixture
-def cluster(tmp_path):
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
     """A head node of its own: free ports, its own temporary folder and token."""
-    token = tmp_path / "token"
+    own = tmp_path_factory.mktemp("cluster")
+    token = own / "token"
     token.write_text("a" * 64)
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     environment.pop("RAY_ADDRESS", None)
@@ -33,7 +34,7 @@ def cluster(tmp_path):
     dashboard = free_port()
     ports = {"port": free_port(), "dashboard-port": dashboard, "ray-client-server-port": free_port()}
     ports["dashboard-agent-listen-port"] = free_port()
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder, (tmp_path / "head.log").open("w+") as log:
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, (own / "head.log").open("w+") as log:
         head = subprocess.Popen(
             [RAY, "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}"]
             + [f"--{name}={number}" for name, number in ports.items()],
@@ -105,6 +106,7 @@ def test_submit_follow_result_and_resume(cluster, tmp_path):
     train = (
         *("rlhf-dist", "train", "configs/quickstart.yaml", f"run.dir={folder}", "run.num_sample_answers=1"),
         *("sft.num_steps=20", "rollout.prompts_per_step=16", "algorithm.num_epochs=1"),
+        *("rollout.num_workers=1", "learner.num_workers=1"),
     )
     job = submit(address, environment, *train, "run.num_steps=2")
     assert job.returncode == 0, job.stdout + job.stderr

@@ -8,23 +8,11 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
-STEPS = 4
-STEP_BY_STEP = (
-    "algorithm.kl.target=6",
-    "algorithm.kl.horizon=100",
-    "learner.policy_optimizer.schedule=cosine",
-    "rollout.sampling.temperature_final=0.8",
-)
-"""The KL's coefficient, the learning rate and the temperature are others in every step."""
-
 
 @pytest.fixture(scope="module")
-def finished(train, lean):
+def finished(recorded):
     """A run with checkpoints before steps 2 and 4."""
-    shorter = [each for each in lean if not each.startswith("run.num_steps")]
-    run = train(*shorter, *STEP_BY_STEP, f"run.num_steps={STEPS}", "checkpoint.every_steps=2")
-    assert run.returncode == 0, run.output
-    return run
+    return recorded.run
 
 
 def state_of(folder):

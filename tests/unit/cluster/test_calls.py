@@ -17,7 +17,7 @@ from ray.exceptions import (
 )
 
 from rlhf_dist import errors
-from rlhf_dist.cluster.calls import explain
+from rlhf_dist.cluster.calls import REMEDY, explain, facts_of, late
 from rlhf_dist.errors import (
     DataLostError,
     RewardError,
@@ -112,6 +112,20 @@ def test_errors_for_people_cross_processes_whole(kind):
     error = pickle.loads(pickle.dumps(kind("what, where, and the remedy")))
     assert type(error) is kind
     assert str(error) == "what, where, and the remedy"
+
+
+@pytest.mark.parametrize(
+    ("action", "deadline"),
+    [
+        ("answer a heartbeat (recovery.heartbeat_timeout_s)", "that deadline"),
+        ("load its models", "the deadline in the section `cluster`"),
+    ],
+)
+def test_a_late_call_says_which_deadline_it_was(action, deadline):
+    error = late(WORKER, action, 6)
+    facts = f"{WORKER} did not {action} within 6 s; it may be stuck, or too slow for {deadline}"
+    assert str(error) == f"{facts}; {REMEDY}"
+    assert facts_of(error) == facts
 
 
 def test_exit_codes_tell_the_kinds_of_errors_apart():
