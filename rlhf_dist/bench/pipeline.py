@@ -20,9 +20,9 @@ from rich.table import Table
 from rlhf_dist import __version__
 from rlhf_dist.bench.overlap import PHASES, CpuTime, Timing, cpu_time, timing
 from rlhf_dist.bench.processes import Usage, usage_of_all
+from rlhf_dist.bench.results_file import check_out, write_results
 from rlhf_dist.bench.runs import Run
 from rlhf_dist.config import load_config
-from rlhf_dist.driver.run_folder import write_json
 from rlhf_dist.errors import ConfigError, RunError
 
 STALENESS = {"by turns": 0, "side by side": 1}
@@ -54,11 +54,12 @@ def measure_pipeline(
         timeout_s: the longest that a run may take.
 
     Raises:
-        ConfigError: there is no step to measure.
+        ConfigError: there is no step to measure, or `out` cannot be written.
         RunError: a run failed.
     """
     if num_steps <= NUM_WARMUP:
         raise ConfigError(f"--steps={num_steps}: the first {NUM_WARMUP} do not count; do at least one more")
+    check_out(out)
     load_before = os.getloadavg()[0]
     timings, metrics = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +79,7 @@ def measure_pipeline(
             timings[name] = timing(run.metrics, watch.between(NUM_WARMUP, num_steps), num_warmup=NUM_WARMUP)
     console.print(_table(timings))
     if out is not None:
-        write_json(
+        write_results(
             out,
             {
                 "version": __version__,

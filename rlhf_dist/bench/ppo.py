@@ -27,13 +27,14 @@ from rlhf_dist import __version__
 from rlhf_dist.bench import bare_parts
 from rlhf_dist.bench.bare_parts import Request, in_own_process
 from rlhf_dist.bench.iterations import Comparison, Lengths, compare, response_lengths
+from rlhf_dist.bench.results_file import check_out, write_results
 from rlhf_dist.bench.runs import Run
 from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.rollout_worker import request_seed
 from rlhf_dist.config import Config, load_config
 from rlhf_dist.data.sources import read_rows
 from rlhf_dist.driver.preparation import Prepared, initial_policy, prepare, role_models
-from rlhf_dist.driver.run_folder import write_atomically, write_json
+from rlhf_dist.driver.run_folder import write_atomically
 from rlhf_dist.engines.settings import WorkerSettings
 from rlhf_dist.errors import RunError
 from rlhf_dist.types import GenerationRequest
@@ -72,8 +73,10 @@ def measure_ppo(work: Work, folder: Path, *, out: Path | None, timeout_s: float,
         timeout_s: the longest that the run or a part may take.
 
     Raises:
+        ConfigError: `out` cannot be written.
         RunError: the run failed, or a part did.
     """
+    check_out(out)
     load_before = os.getloadavg()[0]
     config = _with_lengths(work, folder)
     policy = initial_policy(config, folder / "policy")
@@ -88,7 +91,7 @@ def measure_ppo(work: Work, folder: Path, *, out: Path | None, timeout_s: float,
     comparison = compare(run.metrics, bare_s, loop_s, num_warmup=work.num_warmup)
     console.print(_table(comparison, work))
     if out is not None:
-        write_json(out, _results(work, run, prepared, bare_s, loop_s, comparison, load_before))
+        write_results(out, _results(work, run, prepared, bare_s, loop_s, comparison, load_before))
         console.print(f"figures and the work itself: {out}", highlight=False)
 
 

@@ -26,6 +26,7 @@ from rlhf_dist import __version__
 from rlhf_dist.bench.processes import is_actor, usage_of_all
 from rlhf_dist.bench.queue_figures import Memory, Speeds, Window, growth, speeds
 from rlhf_dist.bench.queue_workers import Producer, Reader
+from rlhf_dist.bench.results_file import check_out, write_results
 from rlhf_dist.cluster.calls import Call, wait_for_all
 from rlhf_dist.cluster.events import Events
 from rlhf_dist.cluster.experience_queue import ExperienceQueue, QueueClient
@@ -34,7 +35,6 @@ from rlhf_dist.cluster.placement import RoleShare
 from rlhf_dist.cluster.session import ray_session
 from rlhf_dist.cluster.workers import Workers
 from rlhf_dist.data.prompts import PROMPT_SCHEMA, PromptOrder
-from rlhf_dist.driver.run_folder import write_json
 from rlhf_dist.experience.dispatch import WorkerLoad
 from rlhf_dist.experience.settings import ExperienceSettings, JournalSettings
 from rlhf_dist.types import BatchInfo, PromptAttempt
@@ -94,7 +94,11 @@ def measure_queue(
     Args:
         seconds: of each measurement.
         soak_s: 0 for none.
+
+    Raises:
+        ConfigError: `out` cannot be written.
     """
+    check_out(out)
     load_before = os.getloadavg()[0]
     cases, soak = [], None
     with ray_session(None, verbose=verbose):
@@ -108,7 +112,7 @@ def measure_queue(
     if soak is not None:
         console.print(_soak_text(soak), highlight=False)
     if out is not None:
-        write_json(
+        write_results(
             out,
             {
                 "version": __version__,

@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf_dist import algorithms
+from rlhf_dist.bench.results_file import check_out, write_results
 from rlhf_dist.cluster.events import Events
 from rlhf_dist.cluster.learner_group import LearnerGroup
 from rlhf_dist.cluster.placement import share_out
 from rlhf_dist.cluster.rollout_pool import RolloutPool
 from rlhf_dist.cluster.session import cpus_of_smallest_node, ray_session
 from rlhf_dist.config import ClusterSettings
-from rlhf_dist.driver.run_folder import write_json
 from rlhf_dist.engines.loading import torch_dtype, vocabulary_size
 from rlhf_dist.engines.settings import LearnerSettings, RolloutSettings
 from rlhf_dist.tasks.tiny_models import save_tiny_causal_lm
@@ -92,26 +92,35 @@ def measure_weights(
 ) -> None:
     """Measure each case in workers of its own; print a table, and write it as JSON.
 
+    What fails leaves the cases before it in both.
+
     Args:
         cases: (size in MB, number of workers).
         rounds: measured publications of each.
         gpus_per_worker: of the learner and of each rollout worker; 0 is float32 on CPU, else bfloat16.
+
+    Raises:
+        ConfigError: `out` cannot be written.
     """
+    check_out(out)
     dtype = torch_dtype(None, on_gpu=gpus_per_worker > 0)
     table = _empty_table()
     results: list[Case] = []
-    for size_mb, num_workers in cases:
-        with (
-            console.status(f"{size_mb} MB, {num_workers} workers"),
-            tempfile.TemporaryDirectory() as folder,
-            ray_session(None, verbose=verbose),
-        ):
-            _write_model(Path(folder), size_mb, dtype)
-            results.append(_measure(folder, num_workers, rounds, gpus_per_worker, transport))
-        table.add_row(*_row(results[-1]))
-        if out is not None:
-            write_json(out, [asdict(result) for result in results])
-    console.print(table)
+    try:
+        for size_mb, num_workers in cases:
+            with (
+                console.status(f"{size_mb} MB, {num_workers} workers"),
+                tempfile.TemporaryDirectory() as folder,
+                ray_session(None, verbose=verbose),
+            ):
+                _write_model(Path(folder), size_mb, dtype)
+                results.append(_measure(folder, num_workers, rounds, gpus_per_worker, transport))
+            table.add_row(*_row(results[-1]))
+            if out is not None:
+                write_results(out, [asdict(result) for result in results])
+    finally:
+        if results:
+            console.print(table)
 
 
 def _write_model(folder: Path, size_mb: int, dtype: torch.dtype) -> None:

@@ -247,7 +247,9 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise StorageError(f"{path} cannot be written ({error.strerror}); make room there") from error
+        raise StorageError(
+            f"{path} cannot be written ({error.strerror}); make room there, or let it be written"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -288,6 +288,18 @@ def test_a_bench_checks_its_sizes_before_it_starts(arguments, message):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.usefixtures("file")
+@pytest.mark.parametrize(
+    "arguments", [("queue",), ("weights",), ("pipeline", "run.yaml"), ("ppo", "a/policy", "prompts.jsonl")]
+)
+def test_a_bench_whose_file_cannot_be_written_does_not_begin(arguments):
+    result = invoke("bench", *arguments, "--out", "no/such/results.json")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: --out no/such/results.json: there is no folder no/such; make it first, or name another file\n"
+    )
+
+
 # -------------------------------------------------------------------------------------------- version
 
 

@@ -268,7 +268,9 @@ def test_a_write_that_fails_leaves_the_old_text(where, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(where, fail)
-    with pytest.raises(StorageError, match=r"config\.yaml cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        StorageError, match=r"config\.yaml cannot be written \(No space left on device\); make room"
+    ):
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
