@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
+from rlhf_dist.bench import inputs as inputs_module
 from rlhf_dist.bench import ppo
 from rlhf_dist.bench.inputs import make_inputs
 from rlhf_dist.driver.preparation import prepare
-from rlhf_dist.errors import ConfigError
+from rlhf_dist.errors import ConfigError, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,43 @@ def test_the_inputs_are_as_large_and_as_long_as_they_say(inputs):
 
 def test_a_length_below_the_templates_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no prompt has 5 tokens"):
-        make_inputs(tmp_path, num_prompts=1, prompt_tokens=5)
+        make_inputs(tmp_path / "new", num_prompts=1, prompt_tokens=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_inputs_is_refused(tmp_path):
+    file = tmp_path / "inputs"
+    file.touch()
+    with pytest.raises(
+        ConfigError, match=r"inputs is no empty folder \(Not a directory\); name a new folder"
+    ):
+        make_inputs(file, num_prompts=1, prompt_tokens=24)
+    with pytest.raises(
+        StorageError, match=r"below cannot be written \(.*Not a directory.*\); make room there"
+    ):
+        make_inputs(file / "below", num_prompts=1, prompt_tokens=24)
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [(OSError("No space left on device"), StorageError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_inputs_that_are_not_whole_are_not_left(failure, raised, tmp_path, monkeypatch):
+    def fail(path, _):
+        assert (path.parent / "policy" / "config.json").exists()
+        raise failure
+
+    monkeypatch.setattr(inputs_module, "write_atomically", fail)
+    with pytest.raises(raised):
+        make_inputs(tmp_path, num_prompts=1, prompt_tokens=24)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_are_as_long_to_the_tokenizer_on_disk(inputs):
+    folder, _ = inputs
+    length = inputs_module._length(AutoTokenizer.from_pretrained(folder / "policy"))
+    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert [length(prompt) for prompt in prompts] == [24] * 3
 
 
 def test_every_ordinal_has_a_row_with_the_length_of_its_response(make, tmp_path):
