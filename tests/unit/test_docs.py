@@ -234,21 +234,28 @@ def test_the_page_of_experience_has_the_schema():
     assert f"version of the schema, {SCHEMA_VERSION}," in " ".join(EXPERIENCE_PAGE.split())
 
 
+LONGEST = [
+    (o, 0, num_tokens, "a" * (13 - o)) for o, num_tokens in ((11, 7), (12, 7), (9, 6), (10, 6), (7, 5))
+]
+"""Pairs of prompts have as many tokens; those with more have fewer characters."""
+
+
 @pytest.fixture
 def quickstart_journal(tmp_path, monkeypatch):
-    """Runs the page's examples where a run of 13 steps lies: its prompt o has the reward o, o + 1 tokens."""
+    """Runs the page's examples where a run of 13 steps lies: its prompt o has the reward o, see `LONGEST`."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "quickstart" / "journal"
     writer, log = JournalWriter(folder, "scorer", max_segment_bytes=1 << 20), StepsLog(folder)
     log.append([started_record(samples_per_prompt=1, max_staleness=0)])
     prompts = pa.table({"prompt": ["a question"], "columns": ["{}"]})
     for step in range(13):
+        num_tokens = 1 + (step + 1) // 2
         completion = Completion(
             GenerationRequest(step, 0, 0, 7, [1, 2], submitted_at_us=0),
-            text="a" * (step + 1),
-            tokens=[5] * (step + 1),
-            logprobs=[-1.0] * (step + 1),
-            version_spans=(VersionSpan(step // 2, 0, step + 1),),
+            text="a" * (13 - step),
+            tokens=[5] * num_tokens,
+            logprobs=[-1.0] * num_tokens,
+            version_spans=(VersionSpan(step // 2, 0, num_tokens),),
             finish_reason="stop",
             finished_at_us=1,
         )
@@ -278,8 +285,8 @@ def run_example(number):
 def test_the_duckdb_queries_work():
     by_version, longest, step_12 = (query.fetchall() for query in run_example(0))
     assert by_version == [*((v, 2, 2 * v + 0.5) for v in range(6)), (6, 1, 12.0)]
-    assert longest == [(o, 0, o + 1, "a" * (o + 1)) for o in (12, 11, 10, 9, 8)]
-    assert step_12 == [(12, 0, 12.0, "a question", "a" * 13)]
+    assert longest == LONGEST
+    assert step_12 == [(12, 0, 12.0, "a question", "a")]
 
 
 @pytest.mark.usefixtures("quickstart_journal")
@@ -287,5 +294,12 @@ def test_the_pandas_queries_work():
     by_version, longest, step_12 = run_example(1)
     assert by_version["mean"].tolist() == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.0]
     assert by_version["count"].tolist() == [2, 2, 2, 2, 2, 2, 1]
-    assert longest["ordinal"].tolist() == [12, 11, 10, 9, 8]
+    assert list(longest.itertuples(index=False, name=None)) == LONGEST
     assert step_12[["ordinal", "reward"]].to_numpy().tolist() == [[12, 12.0]]
+
+
+@pytest.mark.usefixtures("quickstart_journal")
+def test_both_queries_for_the_longest_responses_give_the_same_rows():
+    by_duckdb, by_pandas = run_example(0)[1], run_example(1)[1]
+    assert by_duckdb.columns == list(by_pandas)
+    assert by_duckdb.fetchall() == list(by_pandas.itertuples(index=False, name=None))
