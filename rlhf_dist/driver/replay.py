@@ -242,9 +242,13 @@ def chosen_steps(history: StepHistory, run: Path, *, from_step: int, to_step: in
     end = max(trained) + 1
     asked = range(from_step, max(end, from_step + 1) if to_step is None else to_step)
     if asked.stop > end:
+        wanted = f"all of {asked.start} to {asked.stop - 1}" if len(asked) > 1 else f"step {asked.start}"
+        limits = [f"--from-step can be {end - 1} at most"] if from_step >= end else []
+        if to_step is not None:
+            limits.append(f"--to-step can be {end} at most")
         raise ConfigError(
-            f"the journal of run {run} has the trained steps {min(trained)} to {max(trained)}, and not all "
-            f"of {asked.start} to {asked.stop - 1}; --to-step can be {end} at most"
+            f"the journal of run {run} has the trained steps {min(trained)} to {max(trained)}, and not "
+            f"{wanted}; {', '.join(limits)}"
         )
     return asked
 

@@ -91,8 +91,9 @@ def test_a_replay_goes_on_from_the_newest_checkpoint_before(asked, checkpoint, r
         ((3, 3), "--from-step 3 --to-step 3 leaves no step to replay: --to-step itself is not replayed"),
         ((4, 2), "--from-step 4 --to-step 2 leaves no step to replay"),
         ((2, 9), "has the trained steps 0 to 5, and not all of 2 to 8; --to-step can be 6 at most"),
-        ((0, 7), "has the trained steps 0 to 5, and not all of 0 to 6"),
-        ((6, None), "has the trained steps 0 to 5, and not all of 6 to 6"),
+        ((0, 7), "has the trained steps 0 to 5, and not all of 0 to 6; --to-step can be 6 at most"),
+        ((6, None), "has the trained steps 0 to 5, and not step 6; --from-step can be 5 at most"),
+        ((8, 9), "and not step 8; --from-step can be 5 at most, --to-step can be 6 at most"),
     ],
 )
 def test_steps_that_the_journal_does_not_have_are_refused_with_those_that_it_has(asked, message, run):
