@@ -292,8 +292,8 @@ def _check_overrides(recorded: Config, overrides: Sequence[str]) -> None:
 def _check_samples(
     journal: JournalReader, steps: Sequence[LearnerStep], history: StepHistory, starts: Sequence[int]
 ) -> None:
-    """Raises DataError where compaction has deleted samples, naming the first step that is left."""
-    gone = [step.step for step in steps if not has_samples(journal, step)]
+    """Raises DataError where samples are gone, saying how, and naming the first step that is left."""
+    gone = [step for step in steps if not has_samples(journal, step)]
     if not gone:
         return
     trained = [step for step in history.steps.values() if step.trained]
@@ -301,9 +301,19 @@ def _check_samples(
     later = [start for start in starts if last_gone < start <= max(step.step for step in trained)]
     remedy = f"--from-step {min(later)} and later are there" if later else "no later step has a checkpoint"
     raise DataError(
-        f"the samples of step {gone[0]} are no longer in journal {journal.folder}: they were deleted to "
-        f"keep it small (experience.journal.max_gib); {remedy}"
+        f"the samples of step {gone[0].step} are no longer in journal {journal.folder}: "
+        f"{_how_lost(journal, gone[0])}; {remedy}"
     )
+
+
+def _how_lost(journal: JournalReader, step: LearnerStep) -> str:
+    """What became of the samples of a step that a journal does not have."""
+    deleted = journal.deleted_segments()
+    segments = {place.segment for place, _ in step.samples if not journal.holds(place.segment)}
+    if segments <= deleted:
+        return "they were deleted to keep it small (experience.journal.max_gib)"
+    lost = min(segments - deleted)
+    return f"it has lost segment {lost}, and `rlhf-dist inspect {journal.folder.parent}` says what else"
 
 
 def _check_learner(config: Config, recorded: Config, models: Models) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 
 import pytest
@@ -123,9 +124,17 @@ def test_planning_writes_nothing(run):
 # --------------------------------------------------------------------------------------- what is missing
 
 
-def test_deleted_samples_are_named_with_the_first_step_that_can_be_replayed(run):
-    for step in (0, 1, 2):
+def delete_segments(run, *steps, noted=True):
+    """Delete the samples of steps, as it is done to keep a journal small, or by hand."""
+    for step in steps:
         (run.journal / f"w-{step:06d}.arrows").unlink()
+    if noted:
+        names = [f"w-{step:06d}" for step in steps]
+        (run.journal / "deleted.jsonl").write_text(json.dumps({"segments": names}) + "\n")
+
+
+def test_deleted_samples_are_named_with_the_first_step_that_can_be_replayed(run):
+    delete_segments(run, 0, 1, 2)
     with pytest.raises(DataError) as caught:
         run.plan(from_step=3)
     assert str(caught.value) == (
@@ -135,8 +144,21 @@ def test_deleted_samples_are_named_with_the_first_step_that_can_be_replayed(run)
     assert [step.step for step in run.plan(from_step=4).steps] == [4, 5]
 
 
+def test_samples_that_are_gone_otherwise_are_lost(run):
+    delete_segments(run, 0)
+    delete_segments(run, 2, noted=False)
+    with pytest.raises(DataError) as caught:
+        run.plan(from_step=3)
+    assert str(caught.value) == (
+        f"the samples of step 2 are no longer in journal {run.journal}: it has lost segment w-000002, and "
+        f"`rlhf-dist inspect {run.root}` says what else; --from-step 4 and later are there"
+    )
+    with pytest.raises(DataError, match=r"of step 0 .* they were deleted to keep it small"):
+        run.plan()
+
+
 def test_deleted_samples_after_the_last_checkpoint_leave_nothing(run):
-    (run.journal / "w-000005.arrows").unlink()
+    delete_segments(run, 5)
     with pytest.raises(DataError, match=r"samples of step 5 .* no later step has a checkpoint$"):
         run.plan()
     assert [step.step for step in run.plan(to_step=5).steps] == [0, 1, 2, 3, 4]
@@ -180,7 +202,7 @@ def test_the_copy_of_the_best_checkpoint_can_be_started_from(run, save):
         save(run.checkpoints, step, score=score, keep_last=2)
     assert run.plan(from_step=4).checkpoint.name == "best-000003"
     assert run.plan(from_step=5).checkpoint.name == "step-000005"
-    (run.journal / "w-000000.arrows").unlink()
+    delete_segments(run, 0)
     with pytest.raises(DataError, match="--from-step 3 and later are there"):
         run.plan(from_step=1)
 
