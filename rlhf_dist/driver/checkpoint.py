@@ -186,8 +186,13 @@ def read_state(checkpoint: Path) -> RunState:
     return RunState(**state, score=None if score is None else Score(**score))
 
 
-def check_state(checkpoint: Path, config: Config) -> RunState:
+def check_state(
+    checkpoint: Path, config: Config, *, otherwise: str = "set run.dir to a new folder, for a new run"
+) -> RunState:
     """The state beside a checkpoint that a run is to go on from.
+
+    Args:
+        otherwise: what to do where the settings have to be other ones.
 
     Raises:
         ConfigError: another algorithm wrote it, or one with other adapters.
@@ -197,13 +202,13 @@ def check_state(checkpoint: Path, config: Config) -> RunState:
         raise ConfigError(
             f"checkpoint {checkpoint} was written by algorithm.name={state.algorithm}, and this run has "
             f"algorithm.name={config.algorithm.name}; go on from it with algorithm.name={state.algorithm}, "
-            "or start a new run in another run.dir"
+            f"or {otherwise}"
         )
     if state.lora != _lora_of(config):
         theirs, ours = json.dumps(state.lora), json.dumps(_lora_of(config))
         raise ConfigError(
             f"checkpoint {checkpoint} was written with learner.lora={theirs}, and this run has "
-            f"learner.lora={ours}; resume with learner.lora='{theirs}', or set run.dir to a new folder"
+            f"learner.lora={ours}; go on from it with learner.lora='{theirs}', or {otherwise}"
         )
     return state
 

@@ -56,6 +56,8 @@ REACHING = (
 )
 """Keys and sections that reach the learner, or the waits for it. All others have done their work: what they
 decided is in the journal."""
+FROM_THE_START = "replay with --from-step 0, which needs no checkpoint"
+"""What to do where an override changes what a checkpoint fixes."""
 DIGEST_CHARACTERS = 12
 """Of a digest, in the table."""
 
@@ -328,7 +330,7 @@ def _check_learner(config: Config, recorded: Config, models: Models) -> None:
 def _check_checkpoint(checkpoint: Path, config: Config) -> None:
     """Raises ConfigError where the learner could not go on from a checkpoint."""
     try:
-        check_state(checkpoint, config)
+        check_state(checkpoint, config, otherwise=FROM_THE_START)
     except FileNotFoundError as error:
         raise _gone(checkpoint) from error
 

@@ -379,7 +379,7 @@ def test_another_algorithm_is_told_how_to_resume(tmp_path, save, config):
         check_state(path, config(algorithm={"name": "reinforce"}))
     assert str(caught.value) == (
         f"checkpoint {path} was written by algorithm.name=ppo, and this run has algorithm.name=reinforce; "
-        "go on from it with algorithm.name=ppo, or start a new run in another run.dir"
+        "go on from it with algorithm.name=ppo, or set run.dir to a new folder, for a new run"
     )
 
 
@@ -391,7 +391,8 @@ def test_other_adapters_are_told_how_to_resume(tmp_path, save, config):
         check_state(path, config())
     assert str(caught.value) == (
         f"checkpoint {path} was written with learner.lora={json.dumps(lora)}, and this run has "
-        f"learner.lora=null; resume with learner.lora='{json.dumps(lora)}', or set run.dir to a new folder"
+        f"learner.lora=null; go on from it with learner.lora='{json.dumps(lora)}', or set run.dir to a new "
+        "folder, for a new run"
     )
 
 
