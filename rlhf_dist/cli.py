@@ -103,7 +103,9 @@ def inspect(
         from rlhf_dist.driver.starting_point import reported_steps
         from rlhf_dist.experience.inspection import inspect_run, print_inspection
 
-        found = inspect_run(run_folder, reported=reported_steps(RunFolder(run_folder)))
+        folder = RunFolder(run_folder)
+        folder.check_journal()
+        found = inspect_run(run_folder, reported=reported_steps(folder))
         if as_json:
             print(json.dumps(found.as_json(), indent=2))
         else:

@@ -187,6 +187,7 @@ def make_plan(folder: RunFolder, overrides: Sequence[str], *, from_step: int, to
     Raises:
         RunError: naming what is missing or does not fit.
     """
+    folder.check_journal()
     journal = open_journal(folder.root)
     recorded, config = load_config(folder.config), load_config(folder.config, overrides)
     _check_overrides(recorded, overrides)

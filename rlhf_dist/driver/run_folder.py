@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_dist.durable import sync_folder
-from rlhf_dist.errors import ConfigError, StorageError
+from rlhf_dist.errors import ConfigError, RunError, StorageError
 from rlhf_dist.experience.journal import JOURNAL_FOLDER
 from rlhf_dist.experience.steps import STEPS_FILE
 
@@ -115,6 +115,23 @@ class RunFolder:
     def can_be_resumed(self) -> bool:
         """Whether a run got as far as generating here: what it generated is in the journal."""
         return self.holds_run() or (self.journal / STEPS_FILE).exists()
+
+    def check_journal(self) -> None:
+        """Have a run without a journal not taken for a folder that no run was made in.
+
+        Raises:
+            RunError: it has none yet, or has lost it.
+        """
+        if self.journal.is_dir() or not self.marker.exists():
+            return
+        if self.holds_run():
+            raise RunError(
+                f"run {self.root} has lost its folder {JOURNAL_FOLDER!r}, without which nobody knows what it "
+                "was trained on; bring it back from a copy"
+            )
+        raise RunError(
+            f"run {self.root} has no samples yet: it is still starting, or ended before there were any"
+        )
 
     def clear(self) -> None:
         """Delete what an earlier run left here.

@@ -190,16 +190,37 @@ def test_a_polite_kill_ends_the_command_in_order(file, monkeypatch):
     assert killed.stderr == "terminated; --resume goes on from the last checkpoint, if there is one\n"
 
 
-# --------------------------------------------------------------------------------------------- replay
+# ------------------------------------------------------------------------------- inspect and replay
 
 
-def test_a_folder_without_a_journal_cannot_be_replayed(file):
-    result = invoke("replay", file.parent)
+@pytest.mark.parametrize("command", ["inspect", "replay"])
+def test_a_folder_without_a_journal_is_no_run(command, file):
+    (file.parent / "config.yaml").touch()
+    result = invoke(command, file.parent)
     assert result.exit_code == 1
     assert result.stderr == (
         f"error: {file.parent} has no folder 'journal'; name the folder of a run (run.dir)\n"
     )
-    assert [path.name for path in file.parent.iterdir()] == ["run.yaml"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["config.yaml", "run.yaml"]
+
+
+@pytest.mark.parametrize("command", ["inspect", "replay"])
+def test_a_run_that_is_still_starting_has_no_samples_yet(command, file):
+    (file.parent / ".rlhf-dist-run").touch()
+    result = invoke(command, file.parent)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"error: run {file.parent} has no samples yet: it is still starting, or ended before there were any\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["inspect", "replay"])
+def test_a_run_that_has_trained_and_has_no_journal_has_lost_it(command, file):
+    (file.parent / ".rlhf-dist-run").touch()
+    (file.parent / "metrics.jsonl").write_text('{"step": 0}\n')
+    result = invoke(command, file.parent)
+    assert result.exit_code == 1
+    assert f"error: run {file.parent} has lost its folder 'journal'" in result.stderr
 
 
 @pytest.mark.parametrize(("changed", "code"), [((), 1), (("algorithm.clip_low=0.1",), 0)])
