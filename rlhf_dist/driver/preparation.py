@@ -141,7 +141,7 @@ def _check_policy(config: Config, model: str) -> None:
     """
     check_checkpoint(model, "policy")
     if config.learner.lora is not None:
-        check_targets(model, config.learner.lora)
+        check_targets(model, config.learner.lora, name=config.policy.model)
 
 
 def check_trust_region(config: Config) -> None:

@@ -47,13 +47,16 @@ def add_adapters(lm: Any, settings: LoRASettings, *, model: str, seed: int) -> N
         inject_adapter_in_model(config, lm, adapter_name=ADAPTER)
 
 
-def check_targets(model: str, settings: LoRASettings) -> None:
+def check_targets(model: str, settings: LoRASettings, *, name: str | None = None) -> None:
     """Make sure that every target module is in a checkpoint's model, without loading weights.
+
+    Args:
+        name: what the user calls the checkpoint. None: as it is given.
 
     Raises:
         ModelError: one names no linear layer that can have an adapter.
     """
-    _check_targets(load_skeleton(model, role="policy"), settings, model)
+    _check_targets(load_skeleton(model, role="policy"), settings, name or model)
 
 
 def _check_targets(lm: Any, settings: LoRASettings, model: str) -> None:
