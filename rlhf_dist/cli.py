@@ -59,7 +59,12 @@ def train(
         str | None, typer.Option(help="Ray cluster to join. Default: RAY_ADDRESS, else a local instance.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the configuration and the placement; start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the inputs, as far as nothing has to be read or made for it, and print the "
+            "configuration and the placement; start nothing.",
+        ),
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the run folder.")] = False,
     overwrite: Annotated[

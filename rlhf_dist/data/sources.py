@@ -74,6 +74,17 @@ def read_rows(
     return rows
 
 
+def check_source(source: str, *, kind: Kind = "prompts") -> None:
+    """Make sure that a task or a file is there, without reading it; not there: `DataError`.
+
+    The name of a data set is not looked up.
+    """
+    if source.startswith(TASK_PREFIX):
+        task_function(source, kind)
+    elif _looks_like_file(source):
+        _check_file(source)
+
+
 def _looks_like_file(source: str) -> bool:
     path = Path(source).expanduser()
     if path.is_dir():
@@ -87,21 +98,25 @@ def _looks_like_file(source: str) -> bool:
 
 
 def _file_rows(source: str, limit: int | None) -> Rows:
+    _check_file(source)
+    path = Path(source).expanduser()
+    if source.lower().endswith(JSON_SUFFIXES):
+        numbered = read_json_lines(path, name=source, limit=limit)
+        return Rows(source, [each.row for each in numbered], [each.line_number for each in numbered])
+    return Rows(source, read_parquet(path, name=source, limit=limit))
+
+
+def _check_file(source: str) -> None:
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(
             f"{source}: no such file or folder{_neighbour(path)}; "
             f"correct the path (relative ones start at {Path.cwd()})"
         )
-    suffix = source.lower()
-    if not suffix.endswith(FILE_SUFFIXES):
+    if not source.lower().endswith(FILE_SUFFIXES):
         raise DataError(
             f"{source}: not a kind of file that is read; convert it to {', '.join(FILE_SUFFIXES)}"
         )
-    if suffix.endswith(JSON_SUFFIXES):
-        numbered = read_json_lines(path, name=source, limit=limit)
-        return Rows(source, [each.row for each in numbered], [each.line_number for each in numbered])
-    return Rows(source, read_parquet(path, name=source, limit=limit))
 
 
 def _neighbour(path: Path) -> str:

@@ -7,15 +7,19 @@ import os
 from rich.console import Console
 
 from rlhf_dist.config import Config, to_yaml
-from rlhf_dist.driver.preparation import check_inputs, shares
+from rlhf_dist.driver.preparation import check_inputs, check_sources, shares
 
 
 def print_plan(config: Config, console: Console) -> None:
     """Check the inputs that can be checked without making anything, and print configuration and placement.
 
+    Rows of data are not read, and names of data sets are not looked up. The model of a built-in task is not
+    made, so `learner.lora.target_modules` are not checked against it.
+
     Raises:
         RunError: an input cannot be used.
     """
+    check_sources(config)
     check_inputs(config)
     console.print(to_yaml(config), highlight=False, markup=False)
     node_cpus = os.cpu_count() or 1

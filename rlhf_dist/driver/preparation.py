@@ -14,7 +14,7 @@ from rlhf_dist.algorithms import make_algorithm
 from rlhf_dist.cluster.placement import RoleShare, share_out
 from rlhf_dist.config import Config
 from rlhf_dist.data.prompts import PromptSet, load_prompts
-from rlhf_dist.data.sources import TASK_PREFIX, task_function
+from rlhf_dist.data.sources import TASK_PREFIX, check_source, task_function
 from rlhf_dist.engines.loading import (
     check_checkpoint,
     context_limit,
@@ -88,6 +88,17 @@ def check_outside(config: Config, folder: Path) -> None:
             raise ConfigError(
                 f"{key}={source} lies in the run folder {folder}, which a new run replaces; set run.dir"
             )
+
+
+def check_sources(config: Config) -> None:
+    """Make sure that the files and tasks are there that a new run reads its data from.
+
+    Raises:
+        DataError: one is not.
+    """
+    check_source(config.data.prompts)
+    if config.sft is not None:
+        check_source(config.sft.demonstrations, kind="demonstrations")
 
 
 def prepare(config: Config, policy: str) -> Prepared:

@@ -28,6 +28,7 @@ from rlhf_dist.driver.preparation import (
     Models,
     Prepared,
     check_outside,
+    check_sources,
     initial_policy,
     prepare,
     role_models,
@@ -71,6 +72,7 @@ def run(config: Config, *, address: str | None, if_exists: IfExists, console: Co
         resuming = if_exists == "resume" and folder.can_be_resumed()
         if not resuming:
             check_outside(config, folder.root)
+            check_sources(config)
         changes = check_settings(folder, config) if resuming else []
         start = starting_point(folder, config) if resuming else StartingPoint()
         for note in [*change_notes(changes), *start.notes]:

@@ -93,6 +93,28 @@ def test_a_dry_run_checks_the_inputs(file):
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.prompts=./none.jsonl", "./none.jsonl: no such file or folder"),
+        ("data.prompts=./run.yaml", "./run.yaml: not a kind of file that is read"),
+        ("data.prompts=task:suport-desk", "task:suport-desk: no task of this name has prompts"),
+        ("sft.demonstrations=./none.jsonl", "./none.jsonl: no such file or folder"),
+    ],
+)
+@pytest.mark.parametrize("option", [("--dry-run",), ()])
+def test_data_that_is_not_there_is_found_before_anything_starts(option, override, message, file):
+    result = invoke("train", file, override, *option)
+    assert result.exit_code == 3
+    assert result.stderr.startswith(f"error: {message}")
+    assert "run:" not in result.stdout
+
+
+def test_a_dry_run_looks_for_no_data_set_on_the_hub(file, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert invoke("train", file, "data.prompts=somebody/prompts", "--dry-run").exit_code == 0
+
+
 def test_reward_functions_may_lie_in_the_working_folder(file):
     (file.parent / "rewards_of_this_folder.py").write_text("def score(*_):\n    return []\n")
     result = invoke("train", file, "reward.0.path=rewards_of_this_folder:score", "--dry-run")
