@@ -35,6 +35,11 @@ from rlhf_dist.rewards.settings import RewardSettings
 from rlhf_dist.settings import Section
 from rlhf_dist.types import Transport
 
+SECTION_EXPECTED = ("model_type", "model_attributes_type")
+LIST_EXPECTED = ("tuple_type", "list_type")
+ENTRIES_EXPECTED = {"too_short": ("least", "min_length"), "too_long": ("most", "max_length")}
+"""Kinds of problems that pydantic describes in the words of Python."""
+
 
 class RunSettings(Section):
     """The run as a whole."""
@@ -424,7 +429,32 @@ def _explain(problem: Any, algorithm: list[type[AlgorithmSettings]]) -> str:
         return f"{key} is missing"
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    return f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    return f"{key}={problem['input']!r}: {_expected(problem, location, algorithm)}"
+
+
+def _expected(problem: Any, location: list[str], algorithm: list[type[AlgorithmSettings]]) -> str:
+    """What a value should be, in the words of YAML."""
+    if problem["type"] in SECTION_EXPECTED:
+        return f"input should be a section of keys and values, as in {_example(location, algorithm)}"
+    if problem["type"] in LIST_EXPECTED:
+        return "input should be a list, as in [a, b]"
+    if problem["type"] in ENTRIES_EXPECTED:
+        bound, limit = ENTRIES_EXPECTED[problem["type"]]
+        number = problem["ctx"][limit]
+        return f"input should have at {bound} {number} {'entry' if number == 1 else 'entries'}"
+    return f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _example(location: list[str], algorithm: list[type[AlgorithmSettings]]) -> str:
+    """A key of a section with a value: one that must be given, else the first that has a default."""
+    section: type[BaseModel] = Config
+    for name in (part for part in location if not part.isdigit()):
+        section = next(iter(_sections(section.model_fields[name].annotation, algorithm)))
+    fields = section.model_fields
+    key = min(fields, key=lambda name: (not fields[name].is_required(), fields[name].default is None))
+    default = fields[key].default
+    value = default if isinstance(default, str | int | float) else "…"
+    return yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True).strip()
 
 
 def _location(loc: tuple[str | int, ...]) -> list[str]:

@@ -85,8 +85,6 @@ def test_an_unknown_key_like_no_other_lists_what_its_section_knows(file):
         ("run.num_steps=2.5", "run.num_steps=2.5: input should be a valid integer, "),
         ("learner.gradient_checkpointing=perhaps", "learner.gradient_checkpointing='perhaps': input should "),
         ("policy.model=[a, b]", "policy.model=['a', 'b']: input should be a valid string"),
-        ("rollout=7", "rollout=7: input should be a valid dictionary"),
-        ("algorithm=ppo", "algorithm='ppo': input should be a valid dictionary"),
         ("reward.0.weight=heavy", "reward.0.weight='heavy': input should be a valid number"),
         ("reward.0.path=no-function", "reward.0.path='no-function': string should match pattern"),
         ("learner.zero_stage=4", "learner.zero_stage=4: input should be 0, 1, 2 or 3"),
@@ -99,6 +97,40 @@ def test_an_unknown_key_like_no_other_lists_what_its_section_knows(file):
 def test_a_value_of_the_wrong_type_is_an_error_that_prints_it(override, line, file):
     (only,) = problems(override, file=file)
     assert only.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("override", "given", "example"),
+    [
+        ("learner.lora=true", "True", "rank: 8"),
+        ("rollout=7", "7", "num_workers: 2"),
+        ("algorithm=ppo", "'ppo'", "name: ppo"),
+        ("algorithm.kl=0.1", "0.1", "placement: reward"),
+        ("policy=my-policy", "'my-policy'", "model: …"),
+        ("value=my-value", "'my-value'", "model: …"),
+        ("sft=d.jsonl", "'d.jsonl'", "demonstrations: …"),
+        ("reward.0=a:b", "'a:b'", "path: …"),
+    ],
+)
+def test_a_value_in_place_of_a_section_is_shown_what_a_section_is(override, given, example, file):
+    key = override.partition("=")[0]
+    assert problems(override, file=file) == [
+        f"{key}={given}: input should be a section of keys and values, as in {{{example}}}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("rollout.sampling.stop=a", "rollout.sampling.stop='a': input should be a list, as in [a, b]"),
+        (
+            "learner.lora={target_modules: []}",
+            "learner.lora.target_modules=[]: input should have at least 1 entry",
+        ),
+    ],
+)
+def test_a_list_that_is_none_or_has_too_few_entries_is_an_error(override, line, file):
+    assert problems(override, file=file) == [line]
 
 
 @pytest.mark.parametrize(
