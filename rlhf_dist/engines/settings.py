@@ -44,7 +44,8 @@ class SamplingSettings(Section):
     max_tokens: int = Field(default=64, ge=1)
     """Longest response, in tokens."""
     min_tokens: int = Field(default=0, ge=0)
-    """Shortest response: end-of-sequence is masked before. Equal to `max_tokens` it forces the length."""
+    """Shortest response: end-of-sequence is masked before. Equal to `max_tokens` it forces the length. The
+    learner masks nothing: above 0, the caution of `top_p` applies to the first so many tokens."""
     stop: tuple[str, ...] = ()
     """Strings that end a response, besides the model's own end-of-sequence tokens."""
 
