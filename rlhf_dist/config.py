@@ -53,7 +53,8 @@ class RunSettings(Section):
     """Learner steps."""
     deterministic: bool = False
     """Give up speed where it costs repeatability. On CPU, synchronous training then ends with the same
-    parameters, bit for bit, every time; asynchronous training at least consumes prompts in order."""
+    parameters, bit for bit, every time; asynchronous training at least consumes prompts in order. Rollout and
+    scoring workers on CPU have one thread each, however many cores there are."""
     num_sample_answers: int = Field(default=3, ge=0)
     """Prompts whose greedy answers are shown before and after training."""
 
@@ -244,6 +245,13 @@ class Config(Section):
                 f"rollout.gpus_per_worker={self.rollout.gpus_per_worker:g} must both be above 0; "
                 "or use weights.transport=auto"
             )
+        for role, settings in (("rollout", self.rollout), ("scoring", self.scoring)):
+            on_threads = settings.gpus_per_worker == 0 and (settings.threads_per_worker or 1) > 1
+            if self.run.deterministic and on_threads:
+                raise ValueError(
+                    f"{role}.threads_per_worker={settings.threads_per_worker} and run.deterministic exclude "
+                    "each other: several threads share out sums by what is computed beside a sample; drop one"
+                )
         if self.rollout.sampling.temperature == 0:
             raise ValueError(
                 "rollout.sampling.temperature=0 always gives the same response: nothing to learn from"

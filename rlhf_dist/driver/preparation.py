@@ -23,6 +23,7 @@ from rlhf_dist.engines.loading import (
     torch_dtype,
 )
 from rlhf_dist.engines.lora import check_targets
+from rlhf_dist.engines.settings import WorkerSettings
 from rlhf_dist.errors import ConfigError, ModelError, StorageError
 from rlhf_dist.rewards.functions import load_function
 from rlhf_dist.rewards.settings import FunctionRewardSettings, ModelRewardSettings
@@ -202,8 +203,20 @@ def _value_start(config: Config, policy: str) -> str:
 
 
 def shares(config: Config, *, node_cpus: float) -> dict[str, RoleShare]:
-    """What each role's workers reserve."""
-    roles = {"rollout": config.rollout, "scoring": config.scoring, "learner": config.learner}
+    """What each role's workers reserve.
+
+    With `run.deterministic` a sample's numbers may not depend on what is computed beside it, which on CPU
+    takes one thread: several share out sums by how much there is to do.
+    """
+    roles: dict[str, WorkerSettings] = {
+        "rollout": config.rollout,
+        "scoring": config.scoring,
+        "learner": config.learner,
+    }
+    if config.run.deterministic:
+        for role in ("rollout", "scoring"):
+            if roles[role].gpus_per_worker == 0:
+                roles[role] = roles[role].model_copy(update={"threads_per_worker": 1})
     return {share.role: share for share in share_out(roles, node_cpus=node_cpus)}
 
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from rlhf_dist.engines.settings import RolloutSettings
 
 GIB = 1024**3
+CPU_BLOCK_TOKENS = 32
+"""Of the KV cache on CPU, the fewest that its attention takes. Whole blocks of a common prompt are shared."""
 PREFILL_TOKENS = 2048
 """Of a step on CPU, at least: prompts, and the responses of requests that begin anew under new weights."""
 
@@ -76,6 +78,7 @@ class VLLMEngine:
                 gpu_memory_utilization=settings.gpu_memory_utilization,
                 kv_cache_memory_bytes=None if on_gpu else int(settings.cpu_kv_cache_gib * GIB),
                 enable_prefix_caching=True,
+                block_size=None if on_gpu else CPU_BLOCK_TOKENS,
                 # For a prompt that it cuts, vLLM draws a sample and takes it back: a CPU's generators cannot.
                 enable_chunked_prefill=None if on_gpu else False,
                 max_num_batched_tokens=None

@@ -255,6 +255,11 @@ def test_an_unknown_algorithm_names_those_there_are(file):
             "rollout.sampling.temperature=0 always gives the same response: nothing to learn from",
         ),
         (
+            ["run.deterministic=true", "scoring.threads_per_worker=2"],
+            "scoring.threads_per_worker=2 and run.deterministic exclude each other: several threads share "
+            "out sums by what is computed beside a sample; drop one",
+        ),
+        (
             ("reward=[{kind: function, path: 'a:score'}, {kind: function, path: 'b:score'}]",),
             "two parts of `reward` have the same name: ['score', 'score']; set `name` of one",
         ),

@@ -148,6 +148,17 @@ def test_shares_are_by_role():
     }
 
 
+def test_what_is_to_be_repeatable_is_sampled_and_scored_by_one_thread_on_cpu():
+    deterministic = {"run": {"dir": "runs/x", "deterministic": True}}
+    others = {"scoring": {"gpus_per_worker": 1}, "learner": {"num_workers": 1}}
+    chosen = shares(config(**deterministic, **others), node_cpus=10)
+    assert {role: share.threads for role, share in chosen.items()} == {
+        "rollout": 1,
+        "scoring": 10,
+        "learner": 10,
+    }
+
+
 @pytest.mark.parametrize(
     ("num_rows", "count", "rows"),
     [
