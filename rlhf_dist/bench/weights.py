@@ -157,7 +157,7 @@ def _measure(
         rollout_settings,
         rollout_share,
         cluster,
-        pa.table({"prompt_tokens": [[1, 2, 3]]}),
+        pa.table({"prompt_tokens": [[1, 2, 3]], "max_response_tokens": pa.array([None], pa.int32())}),
         model=model,
         dtype=dtype_name,
         context_tokens=CONTEXT_TOKENS,

@@ -55,8 +55,11 @@ class RolloutPool:
             RolloutWorker, share, placement_timeout_s=cluster.placement_timeout_s, arguments=arguments
         )
         self._elsewhere: set[int] = set()  # workers that cannot map the learner's memory
+        self._row_limits = prompts["max_response_tokens"]
         self._under_way: list[Counter[int]] = [Counter() for _ in range(len(self.workers))]
         """For each worker: samples that are still to come, by ordinal."""
+        self._longest: dict[int, int] = {}
+        """By ordinal that is under way: tokens that a response may have."""
 
     def __len__(self) -> int:
         return len(self.workers)
@@ -76,6 +79,7 @@ class RolloutPool:
         """Kill a worker; what it had under way will not come."""
         self.workers.dismiss(events, index)
         self._under_way[index].clear()
+        self._forget_finished()
         self._elsewhere.discard(index)
 
     def loads(self, indices: Iterable[int]) -> list[WorkerLoad]:
@@ -86,12 +90,13 @@ class RolloutPool:
         max_tokens = self._settings.sampling.max_tokens
         loads = []
         for index in indices:
-            num_samples = self._under_way[index].total()
+            under_way = self._under_way[index]
+            num_samples = under_way.total()
             room = (capacity - num_samples) // per_prompt
             loads.append(
                 WorkerLoad(
                     index,
-                    num_tokens=num_samples * max_tokens,
+                    num_tokens=sum(count * self._longest[each] for each, count in under_way.items()),
                     tokens_per_prompt=per_prompt * max_tokens,
                     room=max(room, 0 if num_samples else 1),
                 )
@@ -102,8 +107,9 @@ class RolloutPool:
         self, events: Events, index: int, prompts: Sequence[tuple[PromptAttempt, int]], temperature: float
     ) -> None:
         """Have a worker begin with prompts, each with its row of the data set."""
-        for attempt, _ in prompts:
+        for attempt, row in prompts:
             self._under_way[index][attempt.ordinal] += len(attempt.samples)
+            self._longest[attempt.ordinal] = self._longest_response(row)
         self.workers.expect(
             events,
             index,
@@ -172,6 +178,15 @@ class RolloutPool:
         """Kill the workers."""
         self.workers.end()
 
+    def _longest_response(self, row: int) -> int:
+        """Tokens of a response to a row of the data set, at most."""
+        limit, max_tokens = self._row_limits[row].as_py(), self._settings.sampling.max_tokens
+        return max_tokens if limit is None else min(limit, max_tokens)
+
+    def _forget_finished(self) -> None:
+        under_way = set().union(*self._under_way)
+        self._longest = {each: longest for each, longest in self._longest.items() if each in under_way}
+
     def _is_idle(self, index: int) -> bool:
         return not self._under_way[index]
 
@@ -215,4 +230,5 @@ class RolloutPool:
             self.workers.on_failure(index, error)
             return
         self._under_way[index] -= Counter(each.ordinal for each in report.samples)
+        self._forget_finished()
         on_batch(unreported.pop(), report)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 
 from rlhf_dist.cluster import rollout_pool
 from rlhf_dist.cluster.rollout_pool import RolloutPool
 from rlhf_dist.config import ClusterSettings
-from rlhf_dist.engines.settings import RolloutSettings
+from rlhf_dist.engines.settings import RolloutSettings, SamplingSettings
 from rlhf_dist.errors import DataLostError, DeadlineError, WeightsError, WorkerLostError
+from rlhf_dist.types import AttemptId, PromptAttempt, RolloutReport
+
+PROMPTS = pa.table({"max_response_tokens": pa.array([None, 5, 500], pa.int32())})
 
 
 class FakeWorkers:
@@ -28,6 +32,15 @@ class FakeWorkers:
 
     def on_failure(self, index, error):
         self.failures.append((index, error))
+
+    def expect(self, *_, **__):
+        pass
+
+    def dismiss(self, *_):
+        pass
+
+    def name(self, index):
+        return f"rollout worker {index}"
 
 
 class FakeEvents(dict):
@@ -48,7 +61,7 @@ def load(monkeypatch, events):
     monkeypatch.setattr(rollout_pool, "Workers", FakeWorkers)
     monkeypatch.setattr(rollout_pool.ray, "put", lambda _: "prompts")
     monkeypatch.setattr(rollout_pool, "copy_to_object_store", lambda _: "copy")
-    pool = RolloutPool(RolloutSettings(), None, ClusterSettings(), None)
+    pool = RolloutPool(RolloutSettings(), None, ClusterSettings(), PROMPTS)
     published = SimpleNamespace(manifest=SimpleNamespace(version=3))
 
     def do():
@@ -96,3 +109,21 @@ def test_who_cannot_map_the_memory_gets_a_copy_at_once_until_there_is_another_le
     load.pool.unpublish()
     load()
     assert set(events) == {(0, None), (1, None)}
+
+
+@pytest.mark.usefixtures("load")
+def test_a_load_is_the_tokens_that_may_still_come(monkeypatch):
+    """The run's limit is 8 tokens; the second row of the data set has a lower one of its own."""
+    settings = RolloutSettings(samples_per_prompt=2, sampling=SamplingSettings(max_tokens=8))
+    pool = RolloutPool(settings, None, ClusterSettings(), PROMPTS)
+    first, second, third = (PromptAttempt(ordinal, 0, (0, 1)) for ordinal in (7, 8, 9))
+    pool.generate(None, 0, [(first, 0), (second, 1)], 1.0)
+    pool.generate(None, 1, [(third, 2)], 1.0)
+    assert [load.num_tokens for load in pool.loads([0, 1])] == [2 * 8 + 2 * 5, 2 * 8]
+    report = RolloutReport((AttemptId(8, 0), AttemptId(7, 0)), 0, 0.1)
+    monkeypatch.setattr(rollout_pool, "wait_for", lambda *_: report)
+    pool._on_item(0, ["batch"], lambda *_: None, "report")
+    assert [load.num_tokens for load in pool.loads([0, 1])] == [8 + 5, 2 * 8]
+    pool.dismiss(None, 0)
+    assert [load.num_tokens for load in pool.loads([0, 1])] == [0, 2 * 8]
+    assert pool._longest == {9: 8}
