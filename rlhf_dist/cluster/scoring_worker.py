@@ -71,12 +71,13 @@ class ScoringWorker(Worker):
 
         Raises:
             RewardTimeoutError: a reward function did not return in time; this worker is of no more use.
-            RunError: the journal cannot be written.
+            RunError: the batch has another schema, or the journal cannot be written.
         """
         from rlhf_dist.experience.journal import take_rows
-        from rlhf_dist.experience.schema import batch_info
+        from rlhf_dist.experience.schema import ROLLOUT_SCHEMA, batch_info, check_schema
 
         started = time.monotonic()
+        check_schema(rollouts.schema, ROLLOUT_SCHEMA)
         if rows is None:
             rows = tuple(range(rollouts.num_rows))
         chosen = take_rows(rollouts, rows)

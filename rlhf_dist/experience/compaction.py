@@ -63,6 +63,7 @@ def compact(
     if max_bytes is not None:
         archive_bytes = min(archive_bytes, max_bytes // 4)
     with _told(problems):
+        _check_archives(folder)
         _clean_up(folder)
         finished = _finished_segments(folder, done, problems)
         for segments in _groups(folder, finished, archive_bytes):
@@ -92,6 +93,12 @@ def _sentence(folder: Path, problems: list[str]) -> str | None:
         return None
     reasons = "; ".join(dict.fromkeys(problems))
     return f"journal {folder} was not wholly compacted, and takes more room than it need: {reasons}"
+
+
+def _check_archives(folder: Path) -> None:
+    """Raises RunError: one is damaged, so that nobody knows which segments it holds."""
+    for damage in JournalReader(folder).damaged_archives.values():
+        raise RunError(f"{damage}; bring it back from a copy, or delete it with the samples that it held")
 
 
 def _clean_up(folder: Path) -> None:

@@ -71,7 +71,7 @@ class Inspection:
     num_steps_deleted: int
     """Trained steps with samples that were deleted to keep the journal small."""
     damaged: list[str]
-    """Batches, by segment and number, that are no longer as they were written: must be empty."""
+    """Batches, by segment and number, and archives that are no longer as they were written: must be empty."""
     has_log: bool
     """Whether the log of decisions is there."""
     served: list[ServedVersion]
@@ -147,7 +147,10 @@ def inspect_run(run_folder: Path, *, reported: Iterable[int] = ()) -> Inspection
         absent_steps=sorted(absent),
         lost_steps=samples.lost_steps,
         num_steps_deleted=samples.num_deleted,
-        damaged=[f"{place.segment} batch {place.batch}" for place in damaged],
+        damaged=[
+            *(path.name for path in sorted(journal.damaged_archives)),
+            *(f"{place.segment} batch {place.batch}" for place in damaged),
+        ],
         has_log=history.samples_per_prompt is not None or not (journal.segments() or journal.archives()),
         served=_served(history),
         num_segments=len(journal.segments()),
@@ -163,9 +166,7 @@ class _TrainedSamples:
     def __init__(
         self, journal: JournalReader, steps: Iterable[LearnerStep], damaged: Container[BatchPlace]
     ) -> None:
-        columns = {
-            place: _numbers(batch) for place, batch in journal.batches(_COLUMNS) if place not in damaged
-        }
+        columns = {place: _numbers(batch) for place, batch in journal.batches(_COLUMNS, without=damaged)}
         deleted = journal.deleted_segments()
         self.lost_steps: list[int] = []
         """Also such as are only leased."""

@@ -14,8 +14,9 @@ archive the digest is of the decompressed batch.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ import pyarrow as pa
 from rlhf_dist.durable import read_json_lines, sync_folder
 from rlhf_dist.errors import RunError, StorageError
 from rlhf_dist.experience.archives import ARCHIVE_SUFFIX, Archive
-from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA, check_version
+from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA, check_schema
 from rlhf_dist.experience.segments import SEGMENT_SUFFIX, OpenSegment, Segment, segment_numbers
 from rlhf_dist.experience.steps import read_history
 from rlhf_dist.types import BatchPlace, BatchRows
@@ -61,7 +62,7 @@ class JournalWriter:
             StorageError: it cannot be written; the journal stays readable, and the next batch begins a new
                 segment.
         """
-        check_version(batch.schema)
+        check_schema(batch.schema, EXPERIENCE_SCHEMA)
         try:
             if self._segment is None:
                 self._segment = self._next_segment()
@@ -123,6 +124,8 @@ class JournalReader:
         self._archives: dict[Path, Archive] = {}
         self._archive_of: dict[str, Archive] = {}
         """By segment."""
+        self.damaged_archives: dict[Path, str] = {}
+        """Those that cannot be read, and why. What they held is not there."""
         self._list_archives()
 
     def segments(self) -> list[str]:
@@ -153,25 +156,36 @@ class JournalReader:
         return [tail for tail in tails if tail.num_bytes]
 
     def batches(
-        self, columns: Sequence[str] = EXPERIENCE_COLUMNS, *, with_archives: bool = True
+        self,
+        columns: Sequence[str] = EXPERIENCE_COLUMNS,
+        *,
+        with_archives: bool = True,
+        without: Container[BatchPlace] = (),
     ) -> Iterator[tuple[BatchPlace, pa.RecordBatch]]:
         """Every whole batch with its place, archives first, each in order of its place.
 
         Only the columns asked for are read: a segment is mapped, of an archive the others stay compressed.
+
+        Args:
+            without: such as are `damaged`; no other check is made.
+
+        Raises:
+            RunError: a batch of an archive cannot be decompressed.
         """
         names = self.segments()  # first, as a segment that is missing here is in an archive by now
         self._list_archives()
         for archive in list(self._archives.values()) if with_archives else []:
             for name in archive.segments:
-                yield from archive.batches(name, columns)
+                yield from archive.batches(name, columns, without)
         for name in (each for each in names if each not in self._archive_of):
             try:
                 for place, batch in self._segment(name).batches():
-                    yield place, batch.select(columns)
+                    if place not in without:
+                        yield place, batch.select(columns)
             except FileNotFoundError:  # somebody has compacted the journal meanwhile
                 self._list_archives()
                 if with_archives and name in self._archive_of:
-                    yield from self._archive_of[name].batches(name, columns)
+                    yield from self._archive_of[name].batches(name, columns, without)
 
     def damaged(self) -> list[BatchPlace]:
         """Batches that are no longer as they were written, by their digests: reads the whole journal."""
@@ -199,11 +213,13 @@ class JournalReader:
         except FileNotFoundError:
             self._list_archives()
         if place.segment not in self._archive_of:
-            raise RunError(
-                f"journal {self.folder} has no segment {place.segment}: it was deleted to keep the journal "
-                "small, or belongs to another run"
-            )
+            raise RunError(f"journal {self.folder} has no segment {place.segment}: {self._why_gone(place)}")
         return self._archive_of[place.segment].batch(place)
+
+    def _why_gone(self, place: BatchPlace) -> str:
+        if place.segment in self.deleted_segments():
+            return "it was deleted to keep the journal small"
+        return "; ".join(["it was lost, or belongs to another run", *self.damaged_archives.values()])
 
     def holds(self, segment: str) -> bool:
         """Whether a segment is there, in a file of its own or in an archive."""
@@ -232,23 +248,36 @@ class JournalReader:
 
     def _list_archives(self) -> None:
         for path in sorted(self.folder.glob(f"*{ARCHIVE_SUFFIX}")):
-            if path not in self._archives:
-                with suppress(FileNotFoundError):  # somebody has deleted it meanwhile
-                    self._archives[path] = archive = Archive(path)
-                    self._archive_of |= dict.fromkeys(archive.segments, archive)
+            if path in self._archives or path in self.damaged_archives:
+                continue
+            try:
+                self._archives[path] = archive = Archive(path)
+            except FileNotFoundError:  # somebody has deleted it meanwhile
+                continue
+            except RunError as error:
+                self.damaged_archives[path] = str(error)
+                continue
+            self._archive_of |= dict.fromkeys(archive.segments, archive)
 
 
-def read_table(run_folder: Path | str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_table(
+    run_folder: Path | str, columns: Sequence[str] | None = None, *, check: bool = True
+) -> pa.Table:
     """All scored samples of a run, each once, with the learner step that has it in a column `step`.
+
+    Batches and archives that are damaged are left out, with a warning that names them.
 
     Args:
         run_folder: the run's `run.dir`.
-        columns: those of `EXPERIENCE_SCHEMA` to have; None for all. What nobody asks for is not read.
+        columns: those of `EXPERIENCE_SCHEMA` to have; None for all.
+        check: whether the digest of every batch is checked, which reads all of the journal. Without, only the
+            columns that are asked for are read.
 
     Raises:
-        RunError: the folder has no journal.
+        RunError: the folder has no journal, or, unchecked, what is to be read is damaged.
     """
     journal = open_journal(run_folder)
+    damaged = set(journal.damaged()) if check else set()
     steps = {
         (place, row): step.step
         for step in read_history(journal.folder).steps.values()
@@ -259,7 +288,8 @@ def read_table(run_folder: Path | str, columns: Sequence[str] | None = None) -> 
     batches: list[pa.RecordBatch] = []
     step_column: list[int | None] = []
     seen: dict[tuple[int, int, int], int] = {}
-    for place, batch in journal.batches([*names, *(key for key in SAMPLE_KEY if key not in names)]):
+    read = [*names, *(key for key in SAMPLE_KEY if key not in names)]
+    for place, batch in journal.batches(read, without=damaged):
         batches.append(batch.select(names))
         keys = zip(*(batch[name].to_pylist() for name in SAMPLE_KEY), strict=True)
         for row, key in enumerate(keys):
@@ -267,10 +297,17 @@ def read_table(run_folder: Path | str, columns: Sequence[str] | None = None) -> 
             if key not in seen or step is not None:
                 seen[key] = len(step_column)  # a second copy counts only if it is the one that was trained
             step_column.append(step)
+    _warn_of(damaged, journal)
     schema = pa.schema([EXPERIENCE_SCHEMA.field(name) for name in names])
     table = pa.Table.from_batches([batch.replace_schema_metadata() for batch in batches], schema)
     table = table.append_column("step", pa.array(step_column, pa.int64()))
     return table if len(seen) == len(table) else table.take(np.sort(list(seen.values())))
+
+
+def _warn_of(damaged: Iterable[BatchPlace], journal: JournalReader) -> None:
+    batches = [f"batch {place.batch} of segment {place.segment} is damaged" for place in sorted(damaged)]
+    if left_out := [*journal.damaged_archives.values(), *batches]:
+        warnings.warn(f"left out of the table of {journal.folder}: {'; '.join(left_out)}", stacklevel=3)
 
 
 def open_journal(run_folder: Path | str) -> JournalReader:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from rlhf_dist.experience.schema import check_version
+from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA, check_schema
 from rlhf_dist.experience.sequences import SequenceBatch, sequence_batch
 
 COLUMNS = (
@@ -61,7 +61,7 @@ class Samples:
     def from_batches(cls, batches: Sequence[pa.RecordBatch]) -> Samples:
         """Put scored batches together; their tokens are copied once, where there is more than one batch."""
         for batch in batches:
-            check_version(batch.schema)
+            check_schema(batch.schema, EXPERIENCE_SCHEMA)
         columns = [batch.select(COLUMNS) for batch in batches]
         (batch,) = pa.Table.from_batches(columns).combine_chunks().to_batches()
         order = np.lexsort([batch["sample"].to_numpy(), batch["ordinal"].to_numpy()])

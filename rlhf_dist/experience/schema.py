@@ -132,11 +132,14 @@ def batch_info(batch: pa.RecordBatch, place: BatchPlace | None = None) -> BatchI
     return BatchInfo(samples=tuple(sample_infos(batch)), num_bytes=batch.nbytes, place=place)
 
 
-def check_version(schema: pa.Schema) -> None:
-    """Refuse experience that another version of the schema wrote.
+def check_schema(schema: pa.Schema, expected: pa.Schema) -> None:
+    """Refuse experience that another version of the schema wrote, or that has other columns than it says.
+
+    Args:
+        expected: `ROLLOUT_SCHEMA` or `EXPERIENCE_SCHEMA`.
 
     Raises:
-        RunError: with both versions.
+        RunError: with both versions, or with the columns that differ.
     """
     found = (schema.metadata or {}).get(VERSION_KEY, b"none").decode()
     if found != str(SCHEMA_VERSION):
@@ -144,6 +147,25 @@ def check_version(schema: pa.Schema) -> None:
             f"experience has schema version {found}, this program reads version {SCHEMA_VERSION}; "
             "read it with the version of rlhf_dist that wrote it"
         )
+    if not schema.equals(expected):
+        raise RunError(
+            f"experience says that it has schema version {SCHEMA_VERSION}, and has other columns: "
+            f"{'; '.join(_differences(schema, expected))}"
+        )
+
+
+def _differences(schema: pa.Schema, expected: pa.Schema) -> list[str]:
+    names = dict.fromkeys([*expected.names, *schema.names])
+    pairs = [(name, *(_type_of(name, each) for each in (schema, expected))) for name in names]
+    found = [f"{name} is {ours}, not {theirs}" for name, ours, theirs in pairs if ours != theirs]
+    return found or ["they come in another order"]
+
+
+def _type_of(name: str, schema: pa.Schema) -> str:
+    if name not in schema.names:
+        return "missing"
+    field = schema.field(name)
+    return f"{field.type} or null" if field.nullable else str(field.type)
 
 
 def _versions(completion: Completion) -> list[int]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import xxhash
 
 from rlhf_dist.errors import RunError
-from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA, check_version
+from rlhf_dist.experience.schema import EXPERIENCE_SCHEMA, check_schema
 from rlhf_dist.types import BatchPlace
 
 SEGMENT_SUFFIX = ".arrows"
@@ -82,7 +82,7 @@ class Segment:
         except (pa.ArrowInvalid, OSError):
             self.num_torn_bytes = size
             return
-        check_version(stream.schema)
+        check_schema(stream.schema, EXPERIENCE_SCHEMA)
         self._schema = stream.schema
         end = self._map.tell()
         try:
@@ -140,7 +140,8 @@ def segment_numbers(folder: Path) -> dict[str, list[int]]:
     numbers: dict[str, list[int]] = {}
     for path in folder.glob(f"*{SEGMENT_SUFFIX}"):
         producer, _, number = path.stem.rpartition("-")
-        numbers.setdefault(producer, []).append(int(number))
+        if number.isdecimal():
+            numbers.setdefault(producer, []).append(int(number))
     return numbers
 
 

@@ -15,10 +15,12 @@ import pytest
 from rlhf_dist.errors import RunError, StorageError
 from rlhf_dist.experience import compaction, steps
 from rlhf_dist.experience.compaction import Compaction
+from rlhf_dist.experience.inspection import inspect_run
 from rlhf_dist.experience.journal import JOURNAL_FOLDER, JournalReader, JournalWriter, read_table
 from rlhf_dist.experience.ordinals import Ordinals
+from rlhf_dist.experience.segments import segment_numbers
 from rlhf_dist.experience.steps import StepsLog
-from rlhf_dist.types import BatchRows
+from rlhf_dist.types import BatchPlace, BatchRows
 
 
 class CrashError(Exception):
@@ -237,14 +239,75 @@ def test_bytes_that_changed_in_an_archive_are_noticed(journal):
     compact(journal, keep_from_step=1, archive_bytes=1)
     path = journal / "archive-000001.arrow"
     assert JournalReader(journal).damaged() == []
-    content = bytearray(path.read_bytes())
-    middle = content.index(b"\x28\xb5\x2f\xfd") + 20  # in a zstd frame
-    content[middle] ^= 0xFF
-    path.write_bytes(content)
+    spoil_a_frame(path)
     [first, *_] = before
     assert JournalReader(journal).damaged() == [first]
     with pytest.raises(RunError, match="batch 0 of segment scorer-000001 in"):
         JournalReader(journal).read(first)
+
+
+def spoil_a_frame(path):
+    """Change a byte of compressed data."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x28\xb5\x2f\xfd") + 20] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_a_table_leaves_out_what_is_damaged_and_says_so(journal):
+    compact(journal, keep_from_step=2, archive_bytes=1)
+    os.truncate(journal / "archive-000001.arrow", 100)
+    spoil_a_frame(journal / "archive-000002.arrow")
+    segment = journal / "scorer-000003.arrows"
+    segment.write_bytes(segment.read_bytes().replace(b"response 4.0", b"response 9.0"))
+    with pytest.warns(UserWarning, match="left out of the table") as warned:
+        table = read_table(journal.parent)
+    assert table["ordinal"].to_pylist() == [6, 7, 8, 9, 10, 11]
+    (warning,) = warned
+    assert warning.filename == __file__
+    for what in (
+        f"archive {journal / 'archive-000001.arrow'} is damaged",
+        "batch 0 of segment scorer-000002 is damaged",
+        "batch 0 of segment scorer-000003 is damaged",
+    ):
+        assert what in str(warning.message)
+
+
+def test_a_table_that_is_not_checked_reads_no_more_than_its_columns(journal):
+    segment = journal / "scorer-000003.arrows"
+    segment.write_bytes(segment.read_bytes().replace(b"response 4.0", b"response 9.0"))
+    assert read_table(journal.parent, ["ordinal"], check=False)["ordinal"].to_pylist() == list(range(12))
+
+
+def test_a_table_that_is_not_checked_cannot_have_what_does_not_decompress(journal):
+    compact(journal, keep_from_step=1, archive_bytes=1)
+    path = journal / "archive-000001.arrow"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\x28\xb5\x2f\xfd", b"\0\0\0\0"))
+    with pytest.raises(RunError, match=r"batch 0 of segment scorer-000001 in .*archive-000001.arrow is dam"):
+        read_table(journal.parent, check=False)
+
+
+@pytest.mark.parametrize("size", [0, 6, 100, -50])
+def test_a_damaged_archive_hides_nothing_else(journal, size):
+    """Its samples are done with: a run goes on without them, and `inspect` names the file."""
+    compact(journal, keep_from_step=2, archive_bytes=1)
+    path = journal / "archive-000001.arrow"
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+    reader = JournalReader(journal)
+    assert list(reader.damaged_archives) == [path]
+    assert reader.segments() == segments(3, 4, 5, 6)
+    assert [place.segment for place, _ in reader.batches()] == segments(2, 3, 4, 5, 6)
+    with pytest.raises(RunError, match=r"it was lost, or belongs to another run; archive .* is damaged \("):
+        reader.read(BatchPlace("scorer-000001", 0))
+    found = inspect_run(journal.parent)
+    assert (found.damaged, found.lost_steps) == (["archive-000001.arrow"], [0])
+
+
+def test_a_file_of_somebody_elses_is_no_segment_of_a_producer(journal):
+    (journal / "notes.arrows").write_bytes(b"")
+    assert {name: sorted(found) for name, found in segment_numbers(journal).items()} == {
+        "scorer": [1, 2, 3, 4, 5, 6]
+    }
 
 
 def test_a_damaged_archive_is_told(journal):

@@ -17,7 +17,7 @@ from rlhf_dist.experience.schema import (
     SCHEMA_VERSION,
     VERSION_KEY,
     batch_info,
-    check_version,
+    check_schema,
     rollout_batch,
     scored_batch,
 )
@@ -178,8 +178,8 @@ def test_versions_are_those_of_the_oldest_and_the_newest_token(completion, score
 
 @pytest.mark.parametrize("schema", [ROLLOUT_SCHEMA, EXPERIENCE_SCHEMA], ids=["rollout", "experience"])
 def test_its_own_schema_is_read(schema):
-    check_version(schema)
-    check_version(pa.ipc.read_schema(schema.serialize()))
+    check_schema(schema, schema)
+    check_schema(pa.ipc.read_schema(schema.serialize()), schema)
 
 
 @pytest.mark.parametrize(
@@ -195,4 +195,18 @@ def test_its_own_schema_is_read(schema):
 def test_experience_of_another_version_is_refused_with_both_numbers(metadata, found):
     message = f"^experience has schema version {found}, this program reads version {SCHEMA_VERSION}; "
     with pytest.raises(RunError, match=message):
-        check_version(EXPERIENCE_SCHEMA.with_metadata(metadata))
+        check_schema(EXPERIENCE_SCHEMA.with_metadata(metadata), EXPERIENCE_SCHEMA)
+
+
+def test_columns_other_than_those_of_the_version_are_refused_by_name():
+    reward = EXPERIENCE_SCHEMA.get_field_index("reward")
+    as_text = EXPERIENCE_SCHEMA.set(reward, pa.field("reward", pa.string(), nullable=True))
+    for schema, difference in (
+        (as_text, "reward is string or null, not double"),
+        (EXPERIENCE_SCHEMA.remove(reward), "reward is missing, not double"),
+        (EXPERIENCE_SCHEMA.append(pa.field("mood", pa.int8(), nullable=False)), "mood is int8, not missing"),
+        (pa.schema([*EXPERIENCE_SCHEMA][::-1], EXPERIENCE_SCHEMA.metadata), "they come in another order"),
+    ):
+        message = f"experience says that it has schema version 2, and has other columns: {difference}"
+        with pytest.raises(RunError, match=f"^{message}$"):
+            check_schema(schema, EXPERIENCE_SCHEMA)
