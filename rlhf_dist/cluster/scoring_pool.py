@@ -81,11 +81,7 @@ class ScoringPool:
         segment_bytes: int,
     ) -> None:
         """Create the workers; see `ScoringWorker` for its arguments."""
-        self._max_attempts, self._backoff_s, self._cluster = (
-            settings.max_attempts,
-            settings.backoff_s,
-            cluster,
-        )
+        self._settings, self._cluster = settings, cluster
         self.workers = Workers(
             ScoringWorker,
             share,
@@ -226,8 +222,8 @@ class ScoringPool:
 
     def _again_alone(self, events: Events, job: ScoringJob) -> None:
         num_failures = len(job.reasons)
-        if num_failures < self._max_attempts:
-            pause_s = min(self._backoff_s * 2 ** (num_failures - 1), LONGEST_BACKOFF_S)
+        if num_failures < self._settings.max_attempts:
+            pause_s = min(self._settings.backoff_s * 2 ** (num_failures - 1), LONGEST_BACKOFF_S)
             events.after(pause_s, partial(self._submit, events, job))
         else:
             assert self._handlers is not None
