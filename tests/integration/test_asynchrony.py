@@ -43,7 +43,8 @@ def samples(run):
 
 
 @pytest.fixture(
-    scope="module", params=["continue", "finish", pytest.param("restart", marks=pytest.mark.long)]
+    scope="module",
+    params=["continue", *(pytest.param(each, marks=pytest.mark.long) for each in ("finish", "restart"))],
 )
 def ahead(request, train, lean):
     run = train(

@@ -188,6 +188,7 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_from_a_full_disk_past_a_damaged_checkpoint_with_another_cut(small_disk, train, small):
     """Two ranks with ZeRO stage 2 fill the disk with a third checkpoint; then the second one is damaged."""
     place, is_small = small_disk

@@ -27,6 +27,7 @@ def _snapshots(process):
     return sum("/memfd:rlhf-dist (deleted)" in line and " rw-s " in line for line in maps)
 
 
+@pytest.mark.long
 def test_the_roles_are_told_apart_and_ctrl_c_ends_them(start, lean):
     command = start(*lean, "run.num_steps=1000", "checkpoint.every_steps=1")
     metrics = command.folder / "metrics.jsonl"
@@ -42,7 +43,7 @@ def test_the_roles_are_told_apart_and_ctrl_c_ends_them(start, lean):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
 )
 def test_a_signal_while_workers_start_leaves_nothing(start, lean, number, code):
     command = start(*lean)
