@@ -1,12 +1,16 @@
 """What each role reserves, whether the cluster has it, and the placement groups that hold it.
 
-One placement group a role, one bundle a worker, so that counts scale independently.
+One bundle a worker, so that counts scale independently. Workers that can do without each other have a
+placement group each: what is lost with a node is given back, and asked for anew. A group that Ray itself
+places again after it has lost a part keeps Ray's control service busy for as long as there is no room, which
+slows everything on its node.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import dataclass
 
 import ray
@@ -107,26 +111,48 @@ def check_fits(shares: list[RoleShare], resources: dict[str, float]) -> None:
             )
 
 
-def reserve(share: RoleShare, *, timeout_s: float) -> PlacementGroup:
-    """A placement group with one bundle for each worker of a role.
+def reserve(share: RoleShare, *, together: bool, timeout_s: float) -> list[PlacementGroup]:
+    """The placement group of each worker of a role.
+
+    Args:
+        together: one group for all, which is placed and lost as a whole; else one for each.
 
     Raises:
         ResourceError: the cluster did not free the resources in time.
     """
-    bundle = {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
-    group = placement_group([bundle] * share.num_workers, strategy="PACK", name=f"{share.role}-workers")
-    if not group.wait(timeout_seconds=timeout_s):
+    deadline = time.monotonic() + timeout_s
+    groups = [ask_for_room(share, together=True)] if together else []
+    while len(groups) < (1 if together else share.num_workers):
+        groups.append(ask_for_room(share, together=False))
+    for group in groups:
+        if not group.wait(timeout_seconds=max(0.0, deadline - time.monotonic())):
+            raise _no_room(share, groups, timeout_s)
+    return groups * share.num_workers if together else groups
+
+
+def ask_for_room(share: RoleShare, *, together: bool) -> PlacementGroup:
+    """A new placement group, of all workers of a role or of one, which may have to wait for its place."""
+    bundles = [_bundle(share)] * (share.num_workers if together else 1)
+    return placement_group(bundles, strategy="PACK")
+
+
+def _bundle(share: RoleShare) -> dict[str, float]:
+    return {"CPU": share.cpus} | ({"GPU": share.gpus} if share.gpus else {})
+
+
+def _no_room(share: RoleShare, groups: list[PlacementGroup], timeout_s: float) -> ResourceError:
+    for group in groups:
         remove_placement_group(group)
-        free = {name: ray.available_resources().get(name, 0.0) for name in bundle}
-        raise ResourceError(
-            f"{share.num_workers} {share.role} workers of {bundle} each found no room in {timeout_s:g} s; "
-            f"free in the cluster: {free}; other jobs hold the rest, or no single node has room for a worker"
-        )
-    return group
+    bundle = _bundle(share)
+    free = {name: ray.available_resources().get(name, 0.0) for name in bundle}
+    return ResourceError(
+        f"{share.num_workers} {share.role} workers of {bundle} each found no room in {timeout_s:g} s; "
+        f"free in the cluster: {free}; other jobs hold the rest, or no single node has room for a worker"
+    )
 
 
 def options_in(group: PlacementGroup, index: int, share: RoleShare) -> dict[str, object]:
-    """Actor options that put worker `index` of a role into its bundle, with the role's environment."""
+    """Actor options that put a worker into bundle `index` of its group, with the role's environment."""
     return {
         "num_cpus": share.cpus,
         "num_gpus": share.gpus,

@@ -29,6 +29,7 @@ class RankGroup:
             share,
             placement_timeout_s=cluster.placement_timeout_s,
             arguments=lambda rank: ((rank, share.num_workers), {}),
+            together=True,
         )
 
     def start(self, events: Events, *args: Any, **kwargs: Any) -> None:

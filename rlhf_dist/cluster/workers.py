@@ -11,7 +11,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from rlhf_dist.cluster.calls import Call
 from rlhf_dist.cluster.events import Events, Handler
 from rlhf_dist.cluster.liveness import Heartbeats, Worker, actor_class_of
-from rlhf_dist.cluster.placement import RoleShare, options_in, reserve
+from rlhf_dist.cluster.placement import RoleShare, ask_for_room, options_in, reserve
 from rlhf_dist.errors import RunError
 
 OnWorkerFailure = Callable[[int, RunError], None]
@@ -32,14 +32,17 @@ class Workers:
         *,
         placement_timeout_s: float,
         arguments: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]],
+        together: bool = False,
     ) -> None:
         """Reserve room and create the actors; they start in the background.
 
         Args:
             arguments: positional and keyword arguments of worker `index`.
+            together: none is of use without the others: they are placed together, and all are replaced where
+                one is.
         """
-        self._share, self._arguments = share, arguments
-        self._group = reserve(share, timeout_s=placement_timeout_s)
+        self._share, self._arguments, self._together = share, arguments, together
+        self._groups = reserve(share, together=together, timeout_s=placement_timeout_s)
         self._actor_class = actor_class_of(worker_class)
         self._lives = [0] * share.num_workers  # how often each was replaced
         self.actors = [self._create(index) for index in range(share.num_workers)]
@@ -104,15 +107,22 @@ class Workers:
         ray.kill(self.actors[index], no_restart=True)
 
     def has_room(self, index: int) -> bool:
-        """Whether a worker has its place; not while the cluster looks for one, after its node was lost.
-
-        The place of another one may be gone for good: the group stays incomplete then, and has this one's.
-        """
-        group = placement_group_table(self._group)
-        if group["state"] == "CREATED":
+        """Whether a dismissed worker has its place. Where that went with its node, another is asked for."""
+        group = placement_group_table(self._groups[index])
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if group["state"] == "CREATED" and nodes.issuperset(group["bundles_to_node_id"].values()):
             return True
-        node = group["bundles_to_node_id"][index]  # bundle `index` is worker `index`'s, see `options_in`
-        return any(each["NodeID"] == node and each["Alive"] for each in ray.nodes())
+        if group["state"] in ("CREATED", "RESCHEDULING"):  # others wait for a place already
+            self._move(index)
+        return False
+
+    def _move(self, index: int) -> None:
+        remove_placement_group(self._groups[index])
+        group = ask_for_room(self._share, together=self._together)
+        if self._together:
+            self._groups = [group] * len(self)
+        else:
+            self._groups[index] = group
 
     def replace(self, index: int) -> None:
         """Create a new actor in the place of a dismissed one."""
@@ -122,10 +132,10 @@ class Workers:
         """Kill the actors and give their room back."""
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        remove_placement_group(self._group)
+        for group in self._groups[:1] if self._together else self._groups:
+            remove_placement_group(group)
 
     def _create(self, index: int) -> Any:
         args, kwargs = self._arguments(index)
-        return self._actor_class.options(**options_in(self._group, index, self._share)).remote(
-            *args, **kwargs
-        )
+        place = options_in(self._groups[index], index if self._together else 0, self._share)
+        return self._actor_class.options(**place).remote(*args, **kwargs)
