@@ -121,9 +121,8 @@ def reserve(share: RoleShare, *, together: bool, timeout_s: float) -> list[Place
         ResourceError: the cluster did not free the resources in time.
     """
     deadline = time.monotonic() + timeout_s
-    groups = [ask_for_room(share, together=True)] if together else []
-    while len(groups) < (1 if together else share.num_workers):
-        groups.append(ask_for_room(share, together=False))
+    num_groups = 1 if together else share.num_workers
+    groups = [ask_for_room(share, together=together) for _ in range(num_groups)]
     for group in groups:
         if not group.wait(timeout_seconds=max(0.0, deadline - time.monotonic())):
             raise _no_room(share, groups, timeout_s)

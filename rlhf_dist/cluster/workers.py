@@ -117,12 +117,10 @@ class Workers:
         return False
 
     def _move(self, index: int) -> None:
-        remove_placement_group(self._groups[index])
+        lost = self._groups[index]
+        remove_placement_group(lost)
         group = ask_for_room(self._share, together=self._together)
-        if self._together:
-            self._groups = [group] * len(self)
-        else:
-            self._groups[index] = group
+        self._groups = [group if each == lost else each for each in self._groups]
 
     def replace(self, index: int) -> None:
         """Create a new actor in the place of a dismissed one."""
@@ -132,7 +130,7 @@ class Workers:
         """Kill the actors and give their room back."""
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        for group in self._groups[:1] if self._together else self._groups:
+        for group in set(self._groups):
             remove_placement_group(group)
 
     def _create(self, index: int) -> Any:
