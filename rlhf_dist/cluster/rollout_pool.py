@@ -58,8 +58,8 @@ class RolloutPool:
         self._row_limits = prompts["max_response_tokens"]
         self._under_way: list[Counter[int]] = [Counter() for _ in range(len(self.workers))]
         """For each worker: samples that are still to come, by ordinal."""
-        self._longest: dict[int, int] = {}
-        """By ordinal that is under way: tokens that a response may have."""
+        self._longest: list[dict[int, int]] = [{} for _ in self._under_way]
+        """Tokens that a response to each of those may have."""
 
     def __len__(self) -> int:
         return len(self.workers)
@@ -79,7 +79,7 @@ class RolloutPool:
         """Kill a worker; what it had under way will not come."""
         self.workers.dismiss(events, index)
         self._under_way[index].clear()
-        self._forget_finished()
+        self._longest[index].clear()
         self._elsewhere.discard(index)
 
     def loads(self, indices: Iterable[int]) -> list[WorkerLoad]:
@@ -96,7 +96,7 @@ class RolloutPool:
             loads.append(
                 WorkerLoad(
                     index,
-                    num_tokens=sum(count * self._longest[each] for each, count in under_way.items()),
+                    num_tokens=sum(count * self._longest[index][each] for each, count in under_way.items()),
                     tokens_per_prompt=per_prompt * max_tokens,
                     room=max(room, 0 if num_samples else 1),
                 )
@@ -109,7 +109,7 @@ class RolloutPool:
         """Have a worker begin with prompts, each with its row of the data set."""
         for attempt, row in prompts:
             self._under_way[index][attempt.ordinal] += len(attempt.samples)
-            self._longest[attempt.ordinal] = self._longest_response(row)
+            self._longest[index][attempt.ordinal] = self._longest_response(row)
         self.workers.expect(
             events,
             index,
@@ -183,10 +183,6 @@ class RolloutPool:
         limit, max_tokens = self._row_limits[row].as_py(), self._settings.sampling.max_tokens
         return max_tokens if limit is None else min(limit, max_tokens)
 
-    def _forget_finished(self) -> None:
-        under_way = set().union(*self._under_way)
-        self._longest = {each: longest for each, longest in self._longest.items() if each in under_way}
-
     def _is_idle(self, index: int) -> bool:
         return not self._under_way[index]
 
@@ -229,6 +225,8 @@ class RolloutPool:
         except RunError as error:
             self.workers.on_failure(index, error)
             return
-        self._under_way[index] -= Counter(each.ordinal for each in report.samples)
-        self._forget_finished()
+        finished = Counter(each.ordinal for each in report.samples)
+        self._under_way[index] -= finished
+        for ordinal in finished.keys() - self._under_way[index].keys():
+            self._longest[index].pop(ordinal, None)
         on_batch(unreported.pop(), report)

@@ -126,4 +126,4 @@ def test_a_load_is_the_tokens_that_may_still_come(monkeypatch):
     assert [load.num_tokens for load in pool.loads([0, 1])] == [8 + 5, 2 * 8]
     pool.dismiss(None, 0)
     assert [load.num_tokens for load in pool.loads([0, 1])] == [0, 2 * 8]
-    assert pool._longest == {9: 8}
+    assert pool._longest == [{}, {9: 8}]
