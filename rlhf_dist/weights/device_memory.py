@@ -23,6 +23,7 @@ from rlhf_dist.types import (
     WeightManifest,
 )
 from rlhf_dist.weights.device_digest import hex_digests, word_sums
+from rlhf_dist.weights.device_leftovers import remove_at_the_end
 from rlhf_dist.weights.shared_memory import NUM_SEGMENTS
 from rlhf_dist.weights.snapshot import (
     ALIGNMENT_BYTES,
@@ -61,6 +62,8 @@ class DevicePublisher:
                 "of the learner's GPU; keep them in the node's memory (weights.transport=shared_memory), or "
                 "give the learner more GPUs or a higher zero_stage"
             ) from error
+        if gpu_uuid(device):
+            remove_at_the_end()
         self._generation = 0
 
     def publish(

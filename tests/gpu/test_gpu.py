@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kills import Kill
 from strikes import disturb
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
 
+from rlhf_dist.engines.packing import IMPLEMENTATION
 from rlhf_dist.experience.journal import JOURNAL_FOLDER
 from rlhf_dist.experience.steps import read_history
 from rlhf_dist.types import Probe, PublishedWeights
@@ -75,9 +79,29 @@ def test_another_process_maps_what_was_published_and_reads_the_same():
         tensors[0][1].add_(1)
 
 
-def test_a_digest_is_the_same_on_both_devices():
-    tensor = torch.randn(1001, 33).bfloat16()
+@pytest.mark.parametrize("num_elements", [0, 1, 1001 * 33, 5_000_000])
+def test_a_digest_is_the_same_on_both_devices(num_elements):
+    tensor = torch.randn(num_elements).bfloat16()
     assert hex_digests([word_sums(tensor)]) == hex_digests([word_sums(tensor.cuda())])
+
+
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_one_kernel_attends_as_each_sequence_does_by_itself(sliding_window):
+    lengths, heads = (7, 12, 1, 20), 4
+    parts = torch.randn(3, 1, heads, sum(lengths), 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weights = torch.randn(1, sum(lengths), heads, 64, device="cuda", dtype=torch.bfloat16)
+
+    def attend():
+        module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=False)
+        options = {"sequence_lengths": lengths, "sliding_window": sliding_window, "scaling": 0.1}
+        output, _ = AttentionInterface()[IMPLEMENTATION](module, *parts, None, **options)
+        (gradient,) = torch.autograd.grad((output * weights).sum(), parts)
+        return output, gradient
+
+    with sdpa_kernel(SDPBackend.MATH):
+        alone = attend()
+    for one, other in zip(attend(), alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -98,5 +122,6 @@ def test_the_whole_job_on_one_gpu_survives_a_kill(start, transport, victim):
     assert max(step["probe_difference_max"] for step in run.metrics) <= TOLERANCE_NATS["bfloat16"]
     assert sum(step["num_repeated_loads"] for step in run.metrics) == 0
     assert [event["event"] for event in run.events] == ["lost", "recovered"]
+    assert max(step["learner_gpu_gib_max"] for step in run.metrics) > 0
     served = {record["version"] for record in read_history(run.folder / JOURNAL_FOLDER).served}
     assert served == set(range(NUM_STEPS + 1))
