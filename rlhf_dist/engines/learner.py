@@ -50,6 +50,8 @@ from rlhf_dist.weights.shared_memory import SharedMemoryPublisher
 from rlhf_dist.weights.snapshot import snapshot_bytes
 from rlhf_dist.weights.transport import Publisher
 
+GIB = 2**30
+
 
 class Learner:
     """A rank's share of the policy and value models. Every method is a collective over the group."""
@@ -146,7 +148,7 @@ class Learner:
             metrics |= self._trust_region_step(region, data, plan.forward, temperature)
         metrics |= self._update(data, plan, temperature, with_policy=with_policy and region is None)
         self._check_gradients(step, metrics)
-        return metrics
+        return metrics | self._peak_memory()
 
     def publish(self, version: int, probe_tokens: Sequence[int], *, node: str) -> PublishedWeights | None:
         """Write a snapshot of the policy with the learner's answer to the probe; None except on rank 0.
@@ -279,6 +281,15 @@ class Learner:
             metrics |= {"policy_learning_rate": learning_rate, "policy_approx_kl_last": approx_kl}
             self._algorithm.after_updates(approx_kl)
         return metrics
+
+    def _peak_memory(self) -> dict[str, float]:
+        """Of the GPU that had most allocated in this step; without GPUs nothing."""
+        if self._policy.device.type != "cuda":
+            return {}
+        peak = GroupMetrics()
+        peak.add({"learner_gpu_gib_max": torch.tensor(torch.cuda.max_memory_allocated() / GIB)}, num_tokens=1)
+        torch.cuda.reset_peak_memory_stats()
+        return peak.reduce()
 
     def _check_gradients(self, step: int, metrics: dict[str, float]) -> None:
         for name, engine in self._engines():

@@ -1,17 +1,20 @@
 """Sequences one after the other in one row, and attention that keeps them apart.
 
 A pack has no padding: every layer computes real tokens only. Attention is block-diagonal, and the blocks off
-the diagonal are never computed: each sequence attends by itself, neighbours of equal length together.
+the diagonal are never computed: each sequence attends by itself, neighbours of equal length together. On a
+GPU, in half precision, one kernel does sequences of several lengths (FlashAttention).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from functools import lru_cache
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -20,6 +23,9 @@ from rlhf_dist.errors import ModelError
 
 IMPLEMENTATION = "rlhf_dist_packed"
 """Name of the attention in transformers' registry."""
+
+MAX_HEAD_DIM = 256
+"""Of FlashAttention, in multiples of 8."""
 
 TRIAL_LENGTHS = (3, 5)
 TRIAL_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}
@@ -97,6 +103,8 @@ def _packed_attention(
     """
     del attention_mask
     runs = [(length, len(list(equal))) for length, equal in groupby(sequence_lengths)]
+    if len(runs) > 1 and _one_kernel_fits(query):
+        return _flash_attention(query, key, value, sequence_lengths, sliding_window, options["scaling"]), None
     sizes = [length * count for length, count in runs]
     outputs = []
     for (length, count), *parts in zip(
@@ -107,6 +115,43 @@ def _packed_attention(
         output, _ = sdpa_attention_forward(module, q, k, v, mask, **options)  # [count, length, heads, size]
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def _one_kernel_fits(query: Tensor) -> bool:
+    """Whether FlashAttention computes this; where second derivatives are needed, SDPA's is switched off."""
+    half, head_dim = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    fits = half and head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
+    return query.is_cuda and fits and torch.backends.cuda.flash_sdp_enabled()
+
+
+def _flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    sliding_window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """The same of [1, heads, N, head size] each; where keys and values have fewer heads, these are shared."""
+    ends = _ends(lengths, query.device)
+    grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] else {}
+    output = varlen_attn(
+        *(each[0].transpose(0, 1) for each in (query, key, value)),
+        ends,
+        ends,
+        max(lengths),
+        max(lengths),
+        scale=scale,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **grouped,
+    )
+    return output[None]
+
+
+@lru_cache(maxsize=4)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sequence ends, and 0 first; the same in every layer."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _window(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
