@@ -261,12 +261,22 @@ def bench_inputs(
     folder: Annotated[Path, typer.Argument(help="New folder, for `policy` and `prompts.jsonl`.")],
     prompts: Annotated[int, typer.Option(min=1, help="Rows of the prompt file.")] = 512,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each, chat template included.")] = 24,
+    hidden_size: Annotated[int, typer.Option(min=1, help="Width of the policy.")] = 192,
+    layers: Annotated[int, typer.Option(min=1, help="Of the policy.")] = 6,
+    vocabulary: Annotated[int, typer.Option(min=1, help="Tokens of its tokenizer, at most.")] = 1024,
 ) -> None:
-    """Make an untrained policy of 3.0 M parameters, and prompts of one length, for `bench ppo`."""
+    """Make an untrained policy (3.0 M parameters by default) and prompts of one length, for `bench ppo`."""
     with _errors_for_people(verbose=False, how_to_go_on=BEGIN_AGAIN):
         from rlhf_dist.bench.inputs import make_inputs
 
-        num_parameters = make_inputs(folder, num_prompts=prompts, prompt_tokens=prompt_tokens)
+        num_parameters = make_inputs(
+            folder,
+            num_prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            hidden_size=hidden_size,
+            num_layers=layers,
+            vocab_size=vocabulary,
+        )
         print(f"{folder / 'policy'} ({num_parameters:,} parameters)\n{folder / 'prompts.jsonl'}")
 
 

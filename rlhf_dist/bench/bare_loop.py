@@ -71,6 +71,8 @@ class BareLoop:
         self._forward(before, temperature)
         for minibatch in updates:
             self._update(minibatch, temperature)
+        if self._engines[0].device.type == "cuda":
+            torch.cuda.synchronize()
         return time.monotonic() - started
 
     def _inputs(self, samples: Samples, indices: Sequence[int]) -> Inputs:

@@ -1,6 +1,6 @@
 """`rlhf-dist bench inputs`: an untrained policy and prompts of one length, for any trainer.
 
-    FOLDER/policy           Qwen2, 3.0 M parameters, float32, its tokenizer beside it
+    FOLDER/policy           Qwen2 in float32, 3.0 M parameters if no other size is asked for, with a tokenizer
     FOLDER/prompts.jsonl    prompts that the policy's tokenizer and chat template make equally long
 
 Nothing is downloaded, and the same arguments write the same files.
@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlhf_dist.data.templates import prompt_encoder
 from rlhf_dist.driver.run_folder import write_atomically
 from rlhf_dist.errors import ConfigError, StorageError
-from rlhf_dist.tasks.tiny_models import save_tiny_causal_lm, train_tokenizer
+from rlhf_dist.tasks.tiny_models import head_dim, save_tiny_causal_lm, train_tokenizer
 
 HIDDEN_SIZE = 192
 NUM_LAYERS = 6
@@ -36,19 +36,39 @@ CORPUS_LINES = 2000
 TRIES = 1000
 
 
-def make_inputs(folder: Path, *, num_prompts: int, prompt_tokens: int, seed: int = 0) -> int:
+def make_inputs(
+    folder: Path,
+    *,
+    num_prompts: int,
+    prompt_tokens: int,
+    hidden_size: int = HIDDEN_SIZE,
+    num_layers: int = NUM_LAYERS,
+    vocab_size: int = VOCAB_SIZE,
+    seed: int = 0,
+) -> int:
     """Write both into a new folder; returns the policy's parameters. What fails leaves neither.
 
+    Args:
+        hidden_size: width of the policy.
+        vocab_size: tokens of the tokenizer, at most.
+
     Raises:
-        ConfigError: the folder is not empty or a file, or no prompt is so short.
+        ConfigError: the folder is not empty or a file, no prompt is so short, or no model has that width.
         StorageError: nothing can be written there.
     """
     _check_new(folder)
+    if hidden_size % head_dim(hidden_size):
+        raise ConfigError(
+            f"no model is {hidden_size} wide: attention heads are {head_dim(hidden_size)} wide there; name "
+            "a multiple of that"
+        )
     disable_progress_bar()
     draw = random.Random(seed)
     words = draw.sample(WORDS, NUM_WORDS)
     corpus = [" ".join(draw.choices(words, k=12)) for _ in range(CORPUS_LINES)]
-    length = _length(train_tokenizer(corpus, vocab_size=VOCAB_SIZE, max_positions=MAX_POSITIONS))
+    if vocab_size > VOCAB_SIZE:
+        corpus += _rare_words(draw, vocab_size)
+    length = _length(train_tokenizer(corpus, vocab_size=vocab_size, max_positions=MAX_POSITIONS))
     prompts = [_prompt(draw, words, prompt_tokens, length) for _ in range(num_prompts)]
     lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
     policy = folder / "policy"
@@ -57,13 +77,22 @@ def make_inputs(folder: Path, *, num_prompts: int, prompt_tokens: int, seed: int
             policy,
             corpus,
             seed=seed,
-            vocab_size=VOCAB_SIZE,
-            hidden_size=HIDDEN_SIZE,
-            num_layers=NUM_LAYERS,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
             max_positions=MAX_POSITIONS,
         )
         write_atomically(folder / "prompts.jsonl", "\n".join(lines) + "\n")
     return AutoModelForCausalLM.from_pretrained(policy).num_parameters()
+
+
+def _rare_words(draw: random.Random, num_words: int) -> list[str]:
+    """Different words of four syllables, of which a tokenizer makes about as many tokens."""
+    most = len(WORDS) ** 2
+    if num_words > most:
+        raise ConfigError(f"a vocabulary of {num_words:,} tokens is too large; {most:,} is the most")
+    halves = (divmod(each, len(WORDS)) for each in draw.sample(range(most), num_words))
+    return [WORDS[first] + WORDS[second] for first, second in halves]
 
 
 def _check_new(folder: Path) -> None:

@@ -30,8 +30,11 @@ END_TOKEN = "<|im_end|>"
 HEAD_DIM = 32
 """The smallest head that vLLM's CPU attention supports."""
 
-INITIALIZER_RANGE = 0.06
-"""Qwen2's 0.02 suits wide models; with it a model this narrow is slow to learn to copy from its prompt."""
+WIDE, WIDE_HEAD_DIM = 1024, 128
+"""From this width on heads are as wide as those of models that people use."""
+
+INITIALIZER_RANGE, WIDE_INITIALIZER_RANGE = 0.06, 0.02
+"""Qwen2's own suits wide models; with it a narrow one is slow to learn to copy from its prompt."""
 
 CHAT_ROLES = ("system", "user", "assistant") * 2
 """Part of every corpus, twice, so that a role is one token."""
@@ -87,6 +90,11 @@ def save_tiny_reward_model(
     tokenizer.save_pretrained(folder, save_jinja_files=False)
 
 
+def head_dim(hidden_size: int) -> int:
+    """Width of an attention head in a model of the given width."""
+    return WIDE_HEAD_DIM if hidden_size >= WIDE else HEAD_DIM
+
+
 def train_tokenizer(corpus: Iterable[str], *, vocab_size: int, max_positions: int) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, with a token for each frequent word.
 
@@ -113,8 +121,8 @@ def train_tokenizer(corpus: Iterable[str], *, vocab_size: int, max_positions: in
 
 
 def _config(tokenizer: Qwen2Tokenizer, hidden_size: int, num_layers: int, max_positions: int) -> Qwen2Config:
-    """A Qwen2 of the given size with heads of `HEAD_DIM` and tied embeddings."""
-    num_heads = hidden_size // HEAD_DIM
+    """A Qwen2 of the given size with tied embeddings."""
+    num_heads = hidden_size // head_dim(hidden_size)
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -123,7 +131,7 @@ def _config(tokenizer: Qwen2Tokenizer, hidden_size: int, num_layers: int, max_po
         num_attention_heads=num_heads,
         num_key_value_heads=num_heads,
         max_position_embeddings=max_positions,
-        initializer_range=INITIALIZER_RANGE,
+        initializer_range=WIDE_INITIALIZER_RANGE if hidden_size >= WIDE else INITIALIZER_RANGE,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -50,6 +50,31 @@ def test_the_inputs_are_as_large_and_as_long_as_they_say(inputs):
         make_inputs(folder, num_prompts=3, prompt_tokens=24)
 
 
+def test_a_policy_has_the_size_that_was_asked_for(tmp_path):
+    num_parameters = make_inputs(
+        tmp_path, num_prompts=1, prompt_tokens=24, hidden_size=1024, num_layers=1, vocab_size=3000
+    )
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_attention_heads"]) == (1024, 8)
+    assert config["vocab_size"] == 3000
+    layer = 4 * 1024**2 + 3 * 1024 + 9 * 1024**2 + 2 * 1024
+    assert num_parameters == 3000 * 1024 + layer + 1024
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"hidden_size": 100}, "no model is 100 wide: attention heads are 32 wide there; name a multiple"),
+        ({"hidden_size": 1056}, "no model is 1056 wide: attention heads are 128 wide there"),
+        ({"vocab_size": 3_000_000}, "a vocabulary of 3,000,000 tokens is too large; 2,205,225 is the most"),
+    ],
+)
+def test_a_size_that_no_policy_has_is_refused(size, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        make_inputs(tmp_path / "new", num_prompts=1, prompt_tokens=24, **size)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_length_below_the_templates_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no prompt has 5 tokens"):
         make_inputs(tmp_path / "new", num_prompts=1, prompt_tokens=5)
