@@ -7,16 +7,12 @@ error that names the nearest known one.
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     Field,
     SerializeAsAny,
@@ -27,6 +23,7 @@ from pydantic import (
 
 from rlhf_dist import algorithms
 from rlhf_dist.algorithms.base import AlgorithmSettings
+from rlhf_dist.config_mistakes import Mistakes
 from rlhf_dist.data.settings import DataSettings, SFTSettings
 from rlhf_dist.engines.settings import LearnerSettings, RolloutSettings, ScoringSettings
 from rlhf_dist.errors import ConfigError
@@ -34,11 +31,6 @@ from rlhf_dist.experience.settings import ExperienceSettings
 from rlhf_dist.rewards.settings import RewardSettings
 from rlhf_dist.settings import Section
 from rlhf_dist.types import Transport
-
-SECTION_EXPECTED = ("model_type", "model_attributes_type")
-LIST_EXPECTED = ("tuple_type", "list_type")
-ENTRIES_EXPECTED = {"too_short": ("least", "min_length"), "too_long": ("most", "max_length")}
-"""Kinds of problems that pydantic describes in the words of Python."""
 
 
 class RunSettings(Section):
@@ -289,7 +281,7 @@ def parse_config(tree: dict[str, Any], *, source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = _explain_all(error.errors(), _algorithm_sections(tree))
+        lines = Mistakes(Config, _algorithm_sections(tree)).explained(error.errors())
         raise ConfigError(
             "\n".join([f"{source} cannot be used:", *(f"  {line}" for line in lines)])
         ) from error
@@ -401,103 +393,3 @@ def _algorithm_sections(tree: dict[str, Any]) -> list[type[AlgorithmSettings]]:
     name = section.get("name", "ppo") if isinstance(section, dict) else "ppo"
     names = algorithms.algorithm_names()
     return [algorithms.settings_class(each) for each in ([name] if name in names else names)]
-
-
-def _explain_all(problems: Iterable[Any], algorithm: list[type[AlgorithmSettings]]) -> Iterable[str]:
-    """A line for each thing that is wrong. A value of none of a key's types is one thing, not one a type."""
-    known = set(_known_keys(Config, algorithm))
-    for location, group in groupby(problems, key=lambda problem: _key_of_several_types(problem, known)):
-        if location is None:
-            yield from (_explain(problem, algorithm) for problem in group)
-            continue
-        tried = list(group)
-        value = min(tried, key=lambda problem: len(problem["loc"]))["input"]  # not a part of it
-        names = dict.fromkeys(_location(problem["loc"])[len(location)] for problem in tried)
-        expected = " or ".join(name.replace("tuple", "list") for name in names)
-        yield f"{'.'.join(location)}={value!r}: input should be {expected}"
-
-
-def _key_of_several_types(problem: Any, known: set[str]) -> list[str] | None:
-    """Where a problem is with one of several types that a key may have, the key: pydantic adds the type."""
-    location = _location(problem["loc"])
-    names: list[str] = []
-    for depth, part in enumerate(location):
-        names += [] if part.isdigit() else [part]
-        if ".".join(names) not in known:
-            return None if problem["type"] == "extra_forbidden" else location[:depth]
-    return None
-
-
-def _explain(problem: Any, algorithm: list[type[AlgorithmSettings]]) -> str:
-    location = _location(problem["loc"])
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(location, list(_known_keys(Config, algorithm)))}"
-    if problem["type"] == "missing":
-        return f"{key} is missing"
-    if problem["type"] == "value_error":
-        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    return f"{key}={problem['input']!r}: {_expected(problem, location, algorithm)}"
-
-
-def _expected(problem: Any, location: list[str], algorithm: list[type[AlgorithmSettings]]) -> str:
-    """What a value should be, in the words of YAML."""
-    if problem["type"] in SECTION_EXPECTED:
-        return f"input should be a section of keys and values, as in {_example(location, algorithm)}"
-    if problem["type"] in LIST_EXPECTED:
-        return "input should be a list, as in [a, b]"
-    if problem["type"] in ENTRIES_EXPECTED:
-        bound, limit = ENTRIES_EXPECTED[problem["type"]]
-        number = problem["ctx"][limit]
-        return f"input should have at {bound} {number} {'entry' if number == 1 else 'entries'}"
-    return f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _example(location: list[str], algorithm: list[type[AlgorithmSettings]]) -> str:
-    """A key of a section with a value: one that must be given, else the first that has a default."""
-    section: type[BaseModel] = Config
-    for name in (part for part in location if not part.isdigit()):
-        section = next(iter(_sections(section.model_fields[name].annotation, algorithm)))
-    fields = section.model_fields
-    key = min(fields, key=lambda name: (not fields[name].is_required(), fields[name].default is None))
-    default = fields[key].default
-    value = default if isinstance(default, str | int | float) else "…"
-    return yaml.safe_dump({key: value}, default_flow_style=True, allow_unicode=True).strip()
-
-
-def _location(loc: tuple[str | int, ...]) -> list[str]:
-    """The keys as the user writes them: behind a list index, pydantic adds the tag of the entry's kind."""
-    return [str(part) for place, part in enumerate(loc) if place == 0 or not isinstance(loc[place - 1], int)]
-
-
-def _nearest(location: list[str], known: list[str]) -> str:
-    """`; did you mean …?` for an unknown key, looking in its own section first, then in the whole tree."""
-    *section, name = [part for part in location if not part.isdigit()]
-    siblings = [key for key in known if key.split(".")[:-1] == section]
-    by_name = difflib.get_close_matches(name, [key.split(".")[-1] for key in siblings], n=1, cutoff=0.5)
-    if by_name:
-        return f"; did you mean {'.'.join([*location[:-1], by_name[0]])}?"
-    elsewhere = {key.split(".")[-1]: key for key in reversed(known)}  # the first of equal names
-    near = difflib.get_close_matches(name, elsewhere, n=1)
-    if near:
-        return f"; did you mean {elsewhere[near[0]]}?"
-    return f"; known here: {', '.join(key.split('.')[-1] for key in siblings)}" if siblings else ""
-
-
-def _known_keys(
-    model: type[BaseModel], algorithm: list[type[AlgorithmSettings]], prefix: str = ""
-) -> Iterable[str]:
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}"
-        for section in _sections(field.annotation, algorithm):
-            yield from _known_keys(section, algorithm, f"{prefix}{name}.")
-
-
-def _sections(annotation: Any, algorithm: list[type[AlgorithmSettings]]) -> Iterable[type[BaseModel]]:
-    if annotation is AlgorithmSettings:
-        yield from algorithm
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
-        for argument in typing.get_args(annotation):
-            yield from _sections(argument, algorithm)

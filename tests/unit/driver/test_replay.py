@@ -11,7 +11,8 @@ from rich.console import Console
 
 from rlhf_dist.cluster.events import Events
 from rlhf_dist.config import to_yaml
-from rlhf_dist.driver.replay import Replay, ReplayedStep, _load, check_out, make_plan, print_replay, verdict
+from rlhf_dist.driver.replay import Replay, ReplayedStep, _load, check_out, print_replay, verdict
+from rlhf_dist.driver.replay_plan import make_plan
 from rlhf_dist.driver.run_folder import RunFolder
 from rlhf_dist.errors import ConfigError, DataError, ModelError, RunError, WorkerError
 from rlhf_dist.experience import steps
