@@ -53,6 +53,7 @@ def test_a_signal_while_workers_start_leaves_nothing(start, lean, number, code):
     command.assert_nothing_left()
 
 
+@pytest.mark.long
 def test_a_rank_of_the_supervised_stage_that_hangs_ends_the_run(start):
     heartbeat = ("recovery.heartbeat_interval_s=1", "recovery.heartbeat_timeout_s=10")
     command = start("sft.num_steps=1000000", "run.num_sample_answers=1", *heartbeat)
