@@ -5,6 +5,7 @@ Times are measured from outside: from the blow to the line of `events.jsonl` tha
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -65,11 +66,15 @@ def outcomes(
     unclaimed = [event for event in run.events if event["event"] in ("lost", "recovered")]
     recovered = [event for event in unclaimed if event["event"] == "recovered"]
     found = []
-    for strike in run.strikes:
+    for index, strike in enumerate(run.strikes):
         if strike.kill.ends_the_run:
             outcome = _of_a_restart(name, run, strike, prompts_ahead)
         else:
-            outcome = _of_a_replacement(name, strike, unclaimed, recovered, samples_per_prompt)
+            ends = [later.at for later in run.strikes[index:] if later.kill.ends_the_run]
+            driver_ends_at = min(ends, default=math.inf)
+            outcome = _of_a_replacement(
+                name, strike, unclaimed, recovered, samples_per_prompt, driver_ends_at=driver_ends_at
+            )
         found.append(replace(outcome, lost=toll.lost, doubled=toll.doubled))
     return found
 
@@ -80,12 +85,15 @@ def _of_a_replacement(
     unclaimed: list[dict[str, Any]],
     recovered: list[dict[str, Any]],
     samples_per_prompt: int,
+    *,
+    driver_ends_at: float,
 ) -> Outcome:
     kill = strike.kill
     until = strike.at + NOTICED_WITHIN_S
     mine = [each for each in recovered if each["role"] == kill.role and time_of(each) > strike.at]
     if mine and kill.role in ("queue", "learner"):
         until = time_of(mine[0])  # it is one: whatever was noticed later is another loss
+    until = min(until, driver_ends_at)  # and the next driver notices other losses
     lost = next(
         (
             each

@@ -16,6 +16,8 @@ from kills import TITLES, Kill, make_schedule
 from outcome import Outcome, outcomes, table
 from strikes import Disturbed, Strike, disturb, processes_of, title_of
 
+from rlhf_dist.experience.journal import JOURNAL_FOLDER
+
 IDLE, SAVING = "ray::LearnerWorker", "ray::LearnerWorker.save"
 DEADLINE_S = 20
 
@@ -204,6 +206,17 @@ def test_a_worker_that_is_lost_again_while_it_is_replaced_comes_back_once_for_ea
     found = outcomes("run", run, Toll(lost=0, doubled=0, needless=0), prompts_ahead=16, samples_per_prompt=2)
     assert [each.generated_again for each in found] == [10, 0]
     assert [each.recovered_s for each in found] == pytest.approx([12.0, 7.1])
+
+
+def test_a_driver_that_was_killed_notices_no_more(tmp_path):
+    (tmp_path / JOURNAL_FOLDER).mkdir()
+    (blow, _) = seconds_of(
+        tmp_path,
+        [("learner", 100.0), ("machine", 100.5)],
+        event(130.0, "lost", "learner"),
+        recovered(140.0, "learner"),
+    )
+    assert blow == (None, 40.0)
 
 
 def test_what_never_came_back_has_no_time(tmp_path):
