@@ -121,6 +121,31 @@ def test_submit_follow_result_and_resume(cluster, tmp_path):
     assert steps_in(folder) == [0, 1, 2]
 
 
+@pytest.mark.long
+def test_a_job_that_is_stopped_can_be_resumed(cluster, tmp_path):
+    address, environment = cluster
+    folder = tmp_path / "run"
+    train = (
+        *("rlhf-dist", "train", "configs/quickstart.yaml", f"run.dir={folder}", "run.num_sample_answers=1"),
+        *("sft.num_steps=5", "rollout.prompts_per_step=16", "algorithm.num_epochs=1"),
+        *("rollout.num_workers=1", "learner.num_workers=1", "checkpoint.every_steps=2"),
+    )
+    on_cluster = ("--address", address)
+    stop = [RAY, "job", "stop", *on_cluster, "stopped-job"]
+    submitted = ("job", "submit", *on_cluster, "--submission-id", "stopped-job", "--no-wait")
+    command = [RAY, *submitted, "--working-dir", ".", "--", *train, "run.num_steps=500"]
+    subprocess.run(command, env=environment, cwd=REPOSITORY, timeout=120, check=True)
+    deadline = time.monotonic() + 240
+    while not ((folder / "metrics.jsonl").exists() and len(steps_in(folder)) >= 4):
+        assert time.monotonic() < deadline, "no four steps within 240 s"
+        time.sleep(0.2)
+    subprocess.run(stop, env=environment, timeout=120, check=True)
+    done = len(steps_in(folder))
+    again = submit(address, environment, *train, f"run.num_steps={done + 2}", "--resume")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert steps_in(folder) == list(range(done + 2))
+
+
 def test_without_the_token_nothing_is_submitted(cluster, tmp_path):
     address, environment = cluster
     without = {key: value for key, value in environment.items() if not key.startswith("RAY_AUTH")}
