@@ -127,7 +127,7 @@ def test_a_job_that_is_stopped_can_be_resumed(cluster, tmp_path):
     folder = tmp_path / "run"
     train = (
         *("rlhf-dist", "train", "configs/quickstart.yaml", f"run.dir={folder}", "run.num_sample_answers=1"),
-        *("sft.num_steps=5", "rollout.prompts_per_step=16", "algorithm.num_epochs=1"),
+        *("sft.num_steps=20", "rollout.prompts_per_step=16", "algorithm.num_epochs=1"),
         *("rollout.num_workers=1", "learner.num_workers=1", "checkpoint.every_steps=2"),
     )
     on_cluster = ("--address", address)
