@@ -1,9 +1,9 @@
 """Digests of tensors where they are, on a GPU too, where no byte-wise hash is at hand.
 
 A multilinear hash: the tensor's bytes as 32-bit words w_i, and two sums, of w_i a_i and of w_i b_i modulo
-2^64, with fixed pseudo-random odd factors. A change of one word always shows, since an odd factor has an
-inverse; one of several words as good as always. It finds damage; it is no defence against whoever wants to
-deceive it. (Carter and Wegman, Universal classes of hash functions, 1979.)
+2^64, with fixed pseudo-random odd factors, each added to the number of bytes. A change of one word always
+shows, since an odd factor has an inverse; one of several words as good as always. It finds damage; it is no
+defence against whoever wants to deceive it. (Carter and Wegman, Universal classes of hash functions, 1979.)
 """
 
 from __future__ import annotations
@@ -26,14 +26,11 @@ _HIGH_BITS = 31
 
 
 def word_sums(tensor: torch.Tensor) -> torch.Tensor:
-    """The two sums, where the tensor is. Shape [2], int64.
-
-    Zero bytes behind the end change nothing: how long a tensor is, the manifest says.
-    """
+    """The two sums, where the tensor is; they begin at its length in bytes. Shape [2], int64."""
     data = flat(tensor.detach().contiguous()).view(torch.uint8)
     missing = -data.numel() % WORD_BYTES
     words = (pad(data, (0, missing)) if missing else data).view(torch.int32)
-    sums = torch.zeros(2, dtype=torch.int64, device=words.device)
+    sums = torch.full((2,), data.numel(), dtype=torch.int64, device=words.device)
     if words.is_cuda:
         from rlhf_dist.weights.device_digest_kernel import add_sums
 
