@@ -148,7 +148,7 @@ class Learner:
             metrics |= self._trust_region_step(region, data, plan.forward, temperature)
         metrics |= self._update(data, plan, temperature, with_policy=with_policy and region is None)
         self._check_gradients(step, metrics)
-        return metrics | self._peak_memory()
+        return metrics
 
     def publish(self, version: int, probe_tokens: Sequence[int], *, node: str) -> PublishedWeights | None:
         """Write a snapshot of the policy with the learner's answer to the probe; None except on rank 0.
@@ -274,6 +274,7 @@ class Learner:
             num_updates += 1
             if target is not None and approx_kl > target:
                 break  # on every rank alike: the KL is that of all of them
+        group_metrics.add(self._peak_memory(), num_tokens=1)
         metrics = group_metrics.reduce()
         metrics |= {f"{name}_grad_norm": sum(each) / len(each) for name, each in norms.items()}
         metrics["num_updates"] = num_updates
@@ -282,14 +283,13 @@ class Learner:
             self._algorithm.after_updates(approx_kl)
         return metrics
 
-    def _peak_memory(self) -> dict[str, float]:
-        """Of the GPU that had most allocated in this step; without GPUs nothing."""
+    def _peak_memory(self) -> dict[str, torch.Tensor]:
+        """The most that was allocated on this rank's GPU since the last step; without one nothing."""
         if self._policy.device.type != "cuda":
             return {}
-        peak = GroupMetrics()
-        peak.add({"learner_gpu_gib_max": torch.tensor(torch.cuda.max_memory_allocated() / GIB)}, num_tokens=1)
+        peak_gib = torch.tensor(torch.cuda.max_memory_allocated() / GIB)
         torch.cuda.reset_peak_memory_stats()
-        return peak.reduce()
+        return {"learner_gpu_gib_max": peak_gib}
 
     def _check_gradients(self, step: int, metrics: dict[str, float]) -> None:
         for name, engine in self._engines():
