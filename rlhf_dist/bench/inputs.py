@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlhf_dist.data.templates import prompt_encoder
 from rlhf_dist.driver.run_folder import write_atomically
 from rlhf_dist.errors import ConfigError, StorageError
-from rlhf_dist.tasks.tiny_models import head_dim, save_tiny_causal_lm, train_tokenizer
+from rlhf_dist.tasks.tiny_models import head_dim, save_causal_lm, train_tokenizer
 
 HIDDEN_SIZE = 192
 NUM_LAYERS = 6
@@ -68,20 +68,13 @@ def make_inputs(
     corpus = [" ".join(draw.choices(words, k=12)) for _ in range(CORPUS_LINES)]
     if vocab_size > VOCAB_SIZE:
         corpus += _rare_words(draw, vocab_size)
-    length = _length(train_tokenizer(corpus, vocab_size=vocab_size, max_positions=MAX_POSITIONS))
+    tokenizer = train_tokenizer(corpus, vocab_size=vocab_size, max_positions=MAX_POSITIONS)
+    length = _length(tokenizer)
     prompts = [_prompt(draw, words, prompt_tokens, length) for _ in range(num_prompts)]
     lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
     policy = folder / "policy"
     with _nothing_left_of_a_failure(folder, policy):
-        save_tiny_causal_lm(
-            policy,
-            corpus,
-            seed=seed,
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            max_positions=MAX_POSITIONS,
-        )
+        save_causal_lm(policy, tokenizer, seed=seed, hidden_size=hidden_size, num_layers=num_layers)
         write_atomically(folder / "prompts.jsonl", "\n".join(lines) + "\n")
     return AutoModelForCausalLM.from_pretrained(policy).num_parameters()
 

@@ -61,8 +61,20 @@ def save_tiny_causal_lm(
 
     `vocab_size` is an upper limit; the embedding has a row for each token there is, and no more.
     """
-    tokenizer = train_tokenizer(corpus, vocab_size=vocab_size, max_positions=max_positions)
-    config = _config(tokenizer, hidden_size, num_layers, max_positions)
+    save_causal_lm(
+        folder,
+        train_tokenizer(corpus, vocab_size=vocab_size, max_positions=max_positions),
+        seed=seed,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+    )
+
+
+def save_causal_lm(
+    folder: Path, tokenizer: Qwen2Tokenizer, *, seed: int, hidden_size: int, num_layers: int
+) -> None:
+    """Write an untrained Qwen2 language model for a tokenizer of `train_tokenizer`, and that beside it."""
+    config = _config(tokenizer, hidden_size, num_layers, tokenizer.model_max_length)
     model = _initialised(Qwen2ForCausalLM, config, seed)
     model.generation_config = GenerationConfig(
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=True, temperature=1.0
