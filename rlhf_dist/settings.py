@@ -11,6 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+GIB = 1024**3
+"""Bytes."""
+
 
 class Section(BaseModel):
     """One section of the run's configuration. Unknown keys are errors; instances are immutable."""

@@ -29,6 +29,7 @@ from rlhf_dist.experience.journal import JournalReader
 from rlhf_dist.experience.ledger import Failure, Ledger
 from rlhf_dist.experience.settings import ExperienceSettings
 from rlhf_dist.experience.steps import StepsLog
+from rlhf_dist.settings import GIB
 from rlhf_dist.types import BatchInfo, BatchPlace, BatchRows, PromptAttempt, ServedVersion
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
     from rlhf_dist.data.prompts import PromptOrder
 
-GIB = 1024**3
 QUEUE = "experience queue"
 ORPHANS_DEADLINE_S = 60
 """For the queue of a run whose driver was killed to be gone, and to let go of the journal."""

@@ -44,13 +44,12 @@ from rlhf_dist.engines.trust_region import BatchObjective, trust_region_step
 from rlhf_dist.errors import RunError
 from rlhf_dist.experience.samples import Samples
 from rlhf_dist.experience.sequences import SequenceBatch, sequence_batch
+from rlhf_dist.settings import GIB
 from rlhf_dist.types import FileDigest, Probe, PublishedWeights
 from rlhf_dist.weights.device_memory import DevicePublisher
 from rlhf_dist.weights.shared_memory import SharedMemoryPublisher
 from rlhf_dist.weights.snapshot import snapshot_bytes
 from rlhf_dist.weights.transport import Publisher
-
-GIB = 2**30
 
 
 class Learner:

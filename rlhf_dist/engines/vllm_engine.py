@@ -20,6 +20,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from rlhf_dist.engines import vllm_weight_transfer
 from rlhf_dist.errors import WeightsError
+from rlhf_dist.settings import GIB
 from rlhf_dist.types import (
     Completion,
     GenerationRequest,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from rlhf_dist.engines.settings import RolloutSettings
 
-GIB = 1024**3
 CPU_BLOCK_TOKENS = 32
 """Of the KV cache on CPU, the fewest that its attention takes. Whole blocks of a common prompt are shared."""
 PREFILL_TOKENS = 2048

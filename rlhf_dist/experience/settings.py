@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from rlhf_dist.settings import Section
+from rlhf_dist.settings import GIB, Section
 
 
 class JournalSettings(Section):
@@ -25,7 +25,7 @@ class JournalSettings(Section):
     @property
     def max_bytes(self) -> int | None:
         """Of the journal; None: no limit."""
-        return None if self.max_gib is None else int(self.max_gib * 1024**3)
+        return None if self.max_gib is None else int(self.max_gib * GIB)
 
 
 class ExperienceSettings(Section):
